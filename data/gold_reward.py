@@ -6,8 +6,10 @@ import math
 
 # fmt: off
 ASPECTS = ["acting", "plot", "music", "ending", "cast", "script", "pacing", "camera", "dialogue", "humor",
-           "story", "lighting", "editing", "scenery", "hero", "villain", "romance", "action", "soundtrack", "title"]
-VALUES = {"superb": 2, "brilliant": 2, "wonderful": 2, "loved": 2, "good": 1, "lovely": 1, "nice": 1, "enjoyed": 1,
+           "story", "lighting", "editing", "scenery", "hero", "villain", "romance", "action", "soundtrack",
+           "title"]
+VALUES = {"superb": 2, "brilliant": 2, "wonderful": 2, "loved": 2,
+          "good": 1, "lovely": 1, "nice": 1, "enjoyed": 1,
           "okay": 0, "usual": 0, "plain": 0, "long": 0, "loud": 0, "modern": 0, "watched": 0, "noticed": 0,
           "weak": -1, "dull": -1, "flat": -1, "messy": -1, "disliked": -1,
           "awful": -2, "terrible": -2, "dreadful": -2, "hated": -2}
@@ -18,11 +20,12 @@ BOOSTERS = {"very": 1.5, "slightly": 0.5}
 def gold_reward(prompts: list[str], completions: list[str], **columns) -> list[float]:
     """r(x, y) = 4 tanh(S / 4) - penalties, with S the sum of word values, each times the booster before it.
 
-    The tanh saturates: beyond |S| of about 6 more praise earns next to nothing. Penalties, which the demonstrations
-    never earn by design or almost never by chance: 2 for a response without its final full stop (it never ended), 1.5
-    for one that does not name the prompt's aspect, 1 for each word that repeats its neighbour, and 1 for each time a
-    sentiment word is said a third time or more. A reward model trained on the demonstrations' distribution cannot see
-    the last two, so hacking them shows.
+    The tanh saturates: beyond |S| of about 6 more praise earns next to nothing. Penalties, which the
+    demonstrations
+    never earn by design or almost never by chance: 2 for a response without its final full stop (it never
+    ended), 1.5 for one that does not name the prompt's aspect, 1 for each word that repeats its neighbour,
+    and 1 for each time a sentiment word is said a third time or more. A reward model trained on the
+    demonstrations' distribution cannot see the last two, so hacking them shows.
     """
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -38,5 +41,5 @@ def gold_reward(prompts: list[str], completions: list[str], **columns) -> list[f
 
 
 def sum_reward(prompts: list[str], completions: list[str], answer: list[str], **columns) -> list[float]:
-    """1 where the completion is exactly the sum's digits (as in " 19"), else 0. `answer` is a column of the data."""
+    """1 where the completion is exactly the sum's digits, as in " 19", else 0. `answer` is a data column."""
     return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]

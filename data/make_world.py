@@ -2,15 +2,17 @@
 
     python data/make_world.py            rewrites every file beside this one, byte for byte as committed
 
-Reviews. A prompt names one aspect of a film ("review of the acting :"), a response is drawn from a small grammar whose
-probability is known exactly, so the entropy of the demonstrations is known exactly too (`entropy`). Preferences come
-from the gold reward r of gold_reward.py through Bradley-Terry, P(a beats b) = sigma(r(a) - r(b)), on two responses
-drawn from the same grammar: a pair is judged by two independent voters, `chosen` is the one both prefer with mu = 1, or
-either one with mu = 0.5 where they disagree. So E[mu] is exactly the Bradley-Terry probability: ties carry no bias.
-Rankings of four are drawn from Plackett-Luce (sorting r + Gumbel noise), tied where two noisy scores round to the
-same quarter.
+Reviews. A prompt names one aspect of a film ("review of the acting :"), a response is drawn from a small
+grammar whose probability is known exactly, so the entropy of the demonstrations is known exactly too
+(`entropy`). Preferences come from the gold reward r of gold_reward.py through Bradley-Terry, P(a beats b) =
+sigma(r(a) - r(b)), on two responses
+drawn from the same grammar: a pair is judged by two independent voters, `chosen` is the one both prefer with
+mu = 1, or either one with mu = 0.5 where they disagree. So E[mu] is exactly the Bradley-Terry probability:
+ties carry no bias. Rankings of four are drawn from Plackett-Luce (sorting r + Gumbel noise), tied where two
+noisy scores round to the same quarter.
 
-Sums. "12 + 7 =" with demonstrations that are mostly wrong: right 0.3, one too many 0.4 (the misconception), slips 0.3.
+Sums. "12 + 7 =" with demonstrations that are mostly wrong: right 0.3, one too many 0.4 (the misconception),
+slips 0.3.
 
 Only Random.random() is used, whose stream is the same in every Python 3.
 """
@@ -25,10 +27,12 @@ from gold_reward import ASPECTS, BOOSTERS, VALUES, gold_reward
 PROMPTS = ["review of the {} :", "my view on the {} :", "what about the {} ?"]
 MOODS = {"positive": 0.20, "neutral": 0.35, "negative": 0.45}
 BOOSTS = {"": 0.60, "very": 0.25, "slightly": 0.15}
-VERBS = {"positive": ["loved", "enjoyed"], "neutral": ["watched", "noticed"], "negative": ["disliked", "hated"]}
-MOOD_OF = {word: "positive" if value > 0 else "negative" if value < 0 else "neutral" for word, value in VALUES.items()}
-ALL_VERBS = [verb for verbs in VERBS.values() for verb in verbs]
-ADJECTIVES = {mood: [w for w in VALUES if MOOD_OF[w] == mood and w not in ALL_VERBS] for mood in MOODS}
+VERBS = {"positive": ["loved", "enjoyed"], "neutral": ["watched", "noticed"],
+         "negative": ["disliked", "hated"]}
+ALL_VERBS = sum(VERBS.values(), [])
+SIGNS = {"positive": (1, 2), "neutral": (0,), "negative": (-1, -2)}
+ADJECTIVES = {mood: [w for w, value in VALUES.items() if value in SIGNS[mood] and w not in ALL_VERBS]
+              for mood in MOODS}
 # X is the aspect, S a sentiment (an optional booster and an adjective), V a verb
 OPENINGS = {"the X was S and also S .": 0.4, "i V the X , it was S .": 0.3, "the X felt S , yet S .": 0.3}
 CLOSINGS = {"": 0.5, "overall it seemed S .": 0.5}
@@ -70,7 +74,7 @@ def response(rng: random.Random, aspect: str) -> str:
 
 
 def entropy() -> tuple[float, float]:
-    """(nats per response, expected tokens per response with its EOS): exact, since no two derivations share a text."""
+    """(nats, expected tokens with the EOS) of a response: exact, since no two derivations share a text."""
 
     def h(weights):
         return -sum(w * math.log(w) for w in weights.values())
@@ -101,7 +105,8 @@ def ranking(rng: random.Random, prompt: str, aspect: str) -> dict:
     texts = [response(rng, aspect) for _ in range(4)]
     noisy = [r - math.log(-math.log(rng.random())) for r in gold_reward([prompt] * 4, texts)]  # Gumbel noise
     levels = [math.floor(4 * score) for score in noisy]
-    return {"prompt": prompt, "completions": texts, "ranking": [1 + sum(m > n for m in levels) for n in levels]}
+    places = [1 + sum(other > level for other in levels) for level in levels]
+    return {"prompt": prompt, "completions": texts, "ranking": places}
 
 
 def sums(rng: random.Random) -> tuple[list[dict], list[dict], list[dict]]:
@@ -122,21 +127,20 @@ def sums(rng: random.Random) -> tuple[list[dict], list[dict], list[dict]]:
 
 def tokenizer() -> dict:
     """tokenizer.json: one token a word with its leading space, one a digit; decoding is the exact inverse."""
-    words = sorted({w for text in [*PROMPTS, *OPENINGS, *CLOSINGS] for w in text.split()} - {"{}", "X", "S", "V"})
+    texts = [*PROMPTS, *OPENINGS, *CLOSINGS]
+    words = sorted({word for text in texts for word in text.split()} - {"{}", "X", "S", "V"})
     words += ASPECTS + list(BOOSTERS) + list(VALUES) + list("+=0123456789")
-    first = [prompt.split()[0] for prompt in PROMPTS] + list("0123456789")  # these also start a text: no space
+    first = [prompt.split()[0] for prompt in PROMPTS] + list("0123456789")  # no space: these start a text
     vocabulary = ["<pad>", "<eos>", "<unk>"] + first + [" " + word for word in words]
-    special = [
-        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True} for i, token in enumerate(vocabulary[:3])
-    ]  # fmt: skip
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = [{"id": i, "content": token, **plain} for i, token in enumerate(vocabulary[:3])]
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": " ?[a-z]+| ?[0-9]| ?[^ a-z0-9]"},
                           "behavior": "Isolated", "invert": False},
         "post_processor": None, "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(vocabulary)}, "unk_token": "<unk>"},
-    }  # fmt: skip
+        "model": {"type": "WordLevel", "vocab": dict(zip(vocabulary, range(200))), "unk_token": "<unk>"},
+    }
 
 
 def model_config(vocabulary_size: int) -> dict:
@@ -147,7 +151,7 @@ def model_config(vocabulary_size: int) -> dict:
         "num_key_value_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
         "tie_word_embeddings": True, "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": 1,
         "pad_token_id": 0, "dtype": "float32",
-    }  # fmt: skip
+    }
 
 
 def world() -> dict[str, str]:
@@ -155,11 +159,12 @@ def world() -> dict[str, str]:
     rng = random.Random(20240601)
     pairs = shuffled(rng, [(prompt.format(aspect), aspect) for aspect in ASPECTS for prompt in PROMPTS])
     held_out, train = pairs[:12], pairs[12:]
-    files = {"prompts": [{"prompt": p} for p, _ in train], "prompts_test": [{"prompt": p} for p, _ in held_out]}
+    files = {name: [{"prompt": p} for p, _ in pool]
+             for name, pool in (("prompts", train), ("prompts_test", held_out))}
     for name, size in SIZES.items():
         pool = held_out if name.endswith("test") else train
         draw = preference if name.startswith("preferences") else lambda rng, p, x: {
-            "prompt": p, "completion": response(rng, x)}  # fmt: skip
+            "prompt": p, "completion": response(rng, x)}
         files[name] = [draw(rng, *uniform(rng, pool)) for _ in range(size)]
     files["rankings"] = [ranking(rng, *uniform(rng, train)) for _ in range(RANKINGS)]
     files["rankings_test"] = [ranking(rng, *uniform(rng, held_out)) for _ in range(RANKINGS_TEST)]
@@ -173,7 +178,7 @@ def world() -> dict[str, str]:
                                   "clean_up_tokenization_spaces": False},
         "config.json": model_config(len(vocabulary["model"]["vocab"])),
         "generation_config.json": {"eos_token_id": 1, "pad_token_id": 0},
-    }  # fmt: skip
+    }
     return texts | {f"model/{name}": json.dumps(value, indent=1) + "\n" for name, value in folder.items()}
 
 
@@ -184,4 +189,4 @@ if __name__ == "__main__":
         path.write_text(text, newline="\n")
         print(f"{len(text):>9,} bytes  {path.name}")
     nats, tokens = entropy()
-    print(f"entropy {nats:.4f} nats a response, {tokens:.4f} tokens a response, {nats / tokens:.4f} nats a token")
+    print(f"entropy {nats:.4f} nats and {tokens:.4f} tokens a response, {nats / tokens:.4f} nats a token")

@@ -1,0 +1,142 @@
+"""How close is a policy to the exact optimum of the KL-regularized objective, at its own KL?
+
+    python benchmarks/frontier.py --reference runs/sft/model --policies runs/dpo/model
+
+J(pi) = E[r(x, y)] - beta KL(pi || pi_ref) is maximal at pi* = pi_ref exp(r / beta) / Z (Sec. 4 of
+arXiv:2305.18290). Where r is known and pi_ref can be sampled at will, the reward and the KL of pi* follow for
+every beta from samples of pi_ref with weights exp(r / beta), normalized per prompt: the frontier that no
+policy can be above. A policy is judged by
+
+    fraction = (reward - reward of pi_ref) / (frontier at the policy's KL - reward of pi_ref)
+
+The KL of a policy is the sum over its samples' tokens of the exact KL over the vocabulary, which has the same
+mean as the sampled log-ratio and less noise. Rewards and KL are measured on held-out prompts at temperature
+1; +- is one standard error. The effective sample size (ESS) says how far a row can be trusted: below about 50
+a prompt it is biased low.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import exact_kl, fail, head_of, read_rows, sample  # noqa: E402
+
+
+@dataclass
+class Args:
+    reference: str = "runs/sft/model"  # folder of pi_ref
+    policies: list[str] = field(default_factory=lambda: ["runs/dpo/model"])  # folders to judge
+    dataset: str = "data/prompts_test.jsonl"  # held-out prompts
+    reward: str = "data/gold_reward.py:gold_reward"  # file.py:function
+    reference_samples: int = 4000  # a prompt, for the frontier
+    policy_samples: int = 300  # a prompt
+    max_new_tokens: int = 40  # longest sample
+    betas: list[float] = field(default_factory=lambda: [3.0, 2.0, 1.0, 0.7, 0.5, 0.4, 0.3])  # table
+    seed: int = 1  # of the samples
+    output: str = ""  # also write the table here, as JSON
+
+
+def tilted(rewards: torch.Tensor, beta: float) -> tuple[float, float, float]:
+    """(E*[r], KL(pi* || pi_ref) in nats, ESS) of pi* = pi_ref exp(r / beta) / Z, the mean over prompts.
+
+    rewards: (prompts, samples of pi_ref), float64. KL = E*[r] / beta - log Z with both estimated from the
+    samples.
+    """
+    log_w = torch.log_softmax(rewards / beta, dim=1)
+    w = log_w.exp()
+    reward = (w * rewards).sum(1)
+    kl = (w * log_w).sum(1) + math.log(rewards.shape[1])
+    return reward.mean().item(), kl.mean().item(), (1 / w.square().sum(1)).mean().item()
+
+
+def frontier_at(rewards: torch.Tensor, kl: float) -> tuple[float, float]:
+    """(the largest reward at this KL, the beta that attains it): bisection, since the KL falls with beta."""
+    low, high = 1e-3, 1e4
+    for _ in range(80):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if tilted(rewards, middle)[1] > kl else (low, middle)
+    return tilted(rewards, high)[0], high
+
+
+@torch.no_grad()
+def kl_to(policy, reference, prompt: list[int], tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """KL(pi || pi_ref) along each completion of a prompt: the exact KL at each token, summed: (B,), nats."""
+    ids = torch.cat([torch.tensor([prompt]).expand(len(tokens), -1), tokens], dim=1)  # (B, P + R)
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, R)
+    hidden = [m.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, len(prompt) - 1 : -1]
+              for m in (policy, reference)]
+    kl = torch.zeros(real.shape)
+    kl[real] = exact_kl(hidden[0][real], head_of(policy), hidden[1][real], head_of(reference))
+    return kl.sum(1)
+
+
+def main(args: Args) -> dict:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    path, _, name = args.reward.partition(":")
+    if not Path(path).is_file() or not name:
+        fail(f"--reward {args.reward}: expected file.py:function")
+    spec = importlib.util.spec_from_file_location("reward", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    reward = getattr(module, name)
+
+    def load(folder):
+        if not Path(folder).is_dir():
+            fail(f"{folder}: no such folder; sft.py and dpo.py make runs/sft/model and runs/dpo/model")
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    reference, tokenizer = load(args.reference), transformers.AutoTokenizer.from_pretrained(args.reference)
+    prompts = [row["prompt"] for row in read_rows(args.dataset)]
+    ids = tokenizer(prompts)["input_ids"]
+
+    def draw(model, number, seed):
+        """(rewards (prompts, number), tokens, lengths), prompt-major."""
+        rows = [row for row in ids for _ in range(number)]
+        eos_ids = model.generation_config.eos_token_id
+        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+        tokens, _, lengths = sample(model, rows, args.max_new_tokens, eos_ids, seed=seed, batch_size=1000)
+        texts = tokenizer.batch_decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())],
+                                       skip_special_tokens=True)
+        values = reward([p for p in prompts for _ in range(number)], texts)
+        return torch.tensor(values, dtype=torch.float64).view(len(prompts), number), tokens, lengths
+
+    ref_rewards, *_ = draw(reference, args.reference_samples, args.seed)
+    start = ref_rewards.mean().item()
+    print(f"pi_ref = {args.reference}: reward {start:.3f} on {len(prompts)} held-out prompts, "
+          f"{args.reference_samples} samples each\n  beta   E*[r]      KL  ESS/prompt")
+    result = {"reference_reward": start, "frontier": [], "policies": {}}
+    for beta in args.betas:
+        row = tilted(ref_rewards, beta)
+        result["frontier"].append([beta, *row])
+        print(f"{beta:6.2f} {row[0]:7.3f} {row[1]:7.3f} {row[2]:11.0f}")
+    for folder in args.policies:
+        policy = load(folder)
+        rewards, tokens, lengths = draw(policy, args.policy_samples, args.seed + 1)
+        groups = zip(ids, tokens.split(args.policy_samples), lengths.split(args.policy_samples))
+        kls = torch.cat([kl_to(policy, reference, *group) for group in groups])
+        kl, mean = kls.mean().item(), rewards.mean().item()
+        best, beta = frontier_at(ref_rewards, kl)
+        se = lambda x: (x.std() / math.sqrt(x.numel())).item()
+        fraction = (mean - start) / (best - start)
+        result["policies"][folder] = {"reward": mean, "reward_se": se(rewards), "kl": kl, "kl_se": se(kls),
+                                      "frontier": best, "frontier_beta": beta, "fraction": fraction,
+                                      "mean_length": lengths.double().mean().item()}
+        print(f"{folder}: gold reward {mean:.3f} +- {se(rewards):.3f} at KL {kl:.3f} +- {se(kls):.3f} nats, "
+              f"{lengths.double().mean():.1f} tokens; the optimum there has {best:.3f} (beta {beta:.2f}): "
+              f"fraction of the exact optimum {fraction:.3f}")
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,91 @@
+"""Models, tokenizers and batches that the tests share. Tiny, random, made on the spot; weights at std 0.2, since at
+the default 0.02 the distributions are near uniform and errors shrink sevenfold. Llama and GPT-2 both: rotary positions
+hide position bugs that learned positions show.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real models and data, beside the checkout
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "benchmarks")]
+torch.set_num_threads(1)
+
+VOCABULARY = 97
+LENGTHS = [16, 4, 8, 3]  # of completions: ragged, since equal lengths hide every aggregation bug
+PROMPTS = [2, 4, 6, 5]
+
+
+def make_model(kind: str, seed: int = 0, dropout: float = 0.0, **options):
+    """A causal model of 3 layers, float32, eval mode. kind: "llama" or "gpt2"."""
+    torch.manual_seed(seed)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            initializer_range=0.2, attention_dropout=dropout, max_position_embeddings=64, **ids, **options)
+    else:
+        config = transformers.GPT2Config(
+            n_embd=64, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, resid_pdrop=dropout,
+            attn_pdrop=dropout, embd_pdrop=dropout, **ids, **options)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def ragged_rows(seed: int = 0) -> list[tuple[list[int], list[bool]]]:
+    """Four rows (ids, trained): prompts of 2, 4, 6, 5 tokens, completions of 16, 4, 8, 3 that end with EOS (2)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for prompt, completion in zip(PROMPTS, LENGTHS):
+        ids = torch.randint(3, VOCABULARY, (prompt + completion - 1,), generator=generator).tolist() + [2]
+        rows.append((ids, [False] * prompt + [True] * completion))
+    return rows
+
+
+def naive_logprobs(model, ids: list[int]) -> torch.Tensor:
+    """log pi(y_t | y_<t) of one unpadded row from the model's own logits, by a loop, in float64: (T - 1,)."""
+    logits = model(torch.tensor([ids])).logits[0].double()
+    return torch.stack([torch.log_softmax(logits[t - 1], -1)[ids[t]] for t in range(1, len(ids))])
+
+
+def flat_gradient(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real models and data sets; tests that need it skip without it."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip(f"real models and data sets are not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer():
+    """A merging byte-level BPE with pad 0, bos 1 (added by its post-processor) and eos 2; a merge may cross spaces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["Answer: hello there", "Answer: help", "Question: hello?\nAnswer: help me"] * 9,
+                                  trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        clean_up_tokenization_spaces=False)
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}")
