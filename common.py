@@ -92,6 +92,8 @@ class _TokenLogprobs(torch.autograd.Function):
         W, d_hidden = weight if half else weight.to(dtype), torch.empty_like(hidden)
         d_weight = torch.zeros_like(W, dtype=dtype) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
+        if ctx.kept and ctx.kept[0] is None:
+            raise RuntimeError("the first backward pass freed the log-probs: a second one needs keep=False")
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
             if ctx.kept:
@@ -122,10 +124,10 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
                    entropy=False, hits=False, rows=None, keep=None):
     """log pi(y_n | h_n) = z_y - logsumexp(z), z = softcap tanh(scale (h W^T + b) / softcap) / temperature.
 
-    Never holds the (N, V) logits at once but `rows` of them, in fp32 from operands of any dtype: 16-bit
-    weights cost the log-probs no precision. Differentiable in hidden, weight and bias under any upstream gradient per
-    token, so that a loss stays plain mathematics on the result. For the backward pass the log-probs are kept
-    (`keep`: 3 matrix products), by default while they take less than KEEP_BYTES, or recomputed (4 products).
+    Never holds the (N, V) logits at once but `rows` of them, in fp32 from operands of any dtype, so 16-bit
+    weights cost the log-probs no precision. Differentiable in hidden, weight and bias under any upstream
+    gradient per token: a loss stays plain mathematics on the result. For the backward pass the log-probs are
+    kept (`keep`: 3 matrix products), by default up to KEEP_BYTES, or else recomputed (4 products).
 
     Args:
         hidden: (N, H) last hidden states, those that predict the targets. targets: (N,) token ids.
@@ -229,6 +231,7 @@ def masked_mean(x, mask):
 
 def masked_whiten(x, mask, shift_mean: bool = True):
     """(x - mean) / population std over all masked entries, plus the mean unless shift_mean; 0 elsewhere."""
+    x = torch.where(mask, x, 0.0)
     mean = masked_mean(x, mask)
     white = (x - mean) / (masked_mean((x - mean).square(), mask).sqrt() + 1e-8)
     return torch.where(mask, white if shift_mean else white + mean, 0.0)

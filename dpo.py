@@ -111,7 +111,8 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
             fail(f"{row['where']}: needs chosen and rejected; found {sorted(set(row) - {'where', 'mu'})}")
         if "prompt" not in row:
             chosen, rejected, marker = row["chosen"], row["rejected"], "\n\nAssistant:"
-            n = len(os.path.commonprefix([chosen, rejected]))  # of characters, or of messages
+            n = min(len(chosen), len(rejected))  # characters, or messages
+            n = next((i for i in range(n) if chosen[i] != rejected[i]), n)
             if isinstance(chosen, str):
                 n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0
             if n == 0:

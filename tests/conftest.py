@@ -1,6 +1,6 @@
-"""Models, tokenizers and batches that the tests share. Tiny, random, made on the spot; weights at std 0.2, since at
-the default 0.02 the distributions are near uniform and errors shrink sevenfold. Llama and GPT-2 both: rotary positions
-hide position bugs that learned positions show.
+"""Models, tokenizers and batches that the tests share: tiny, random, made on the spot. Weights at std 0.2,
+since at the default 0.02 distributions are near uniform and errors shrink sevenfold. Llama and GPT-2 both,
+since rotary positions hide position bugs that learned positions show.
 """
 
 import sys
@@ -26,17 +26,35 @@ def make_model(kind: str, seed: int = 0, dropout: float = 0.0, **options):
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
     if kind == "llama":
         config = transformers.LlamaConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            initializer_range=0.2, attention_dropout=dropout, max_position_embeddings=64, **ids, **options)
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+            attention_dropout=dropout,
+            max_position_embeddings=64,
+            **ids,
+            **options,
+        )
     else:
         config = transformers.GPT2Config(
-            n_embd=64, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, resid_pdrop=dropout,
-            attn_pdrop=dropout, embd_pdrop=dropout, **ids, **options)
+            n_embd=64,
+            n_layer=3,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.2,
+            resid_pdrop=dropout,
+            attn_pdrop=dropout,
+            embd_pdrop=dropout,
+            **ids,
+            **options,
+        )
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def ragged_rows(seed: int = 0) -> list[tuple[list[int], list[bool]]]:
-    """Four rows (ids, trained): prompts of 2, 4, 6, 5 tokens, completions of 16, 4, 8, 3 that end with EOS (2)."""
+    """Four rows (ids, trained): prompts of 2, 4, 6, 5 tokens, completions of 16, 4, 8, 3 that end with EOS, 2."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for prompt, completion in zip(PROMPTS, LENGTHS):
@@ -70,22 +88,31 @@ def shared():
 
 @pytest.fixture(scope="session")
 def bpe_tokenizer():
-    """A merging byte-level BPE with pad 0, bos 1 (added by its post-processor) and eos 2; a merge may cross spaces."""
+    """A merging byte-level BPE, pad 0, bos 1 (its post-processor adds it), eos 2; merges may cross spaces."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(["Answer: hello there", "Answer: help", "Question: hello?\nAnswer: help me"] * 9,
-                                  trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = ["Answer: hello there", "Answer: help", "Question: hello?\nAnswer: help me"] * 9
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}")
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)

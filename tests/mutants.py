@@ -1,0 +1,98 @@
+"""The bug zoo: plants known bugs of RLHF code bases into a copy of this one and shows which test kills each.
+
+    python tests/mutants.py [PART OF A NAME]      prints a line a mutant and exits 1 if one survives (about three minutes)
+
+A test that has never failed proves nothing. Each entry: what is wrong, the file, the code, the wrong code, the tests.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# fmt: off
+MUTANTS = [
+    ("log-probs off by one position", "common.py", "source = mask.roll(-1, dims=1)", "source = mask.roll(-2, dims=1)", "test_logprobs"),
+    ("logits rounded to bf16", "common.py", "    if bias is not None:\n        z += bias", "    z = z.bfloat16().to(z.dtype)\n    if bias is not None:\n        z += bias", "test_logprobs"),
+    ("temperature ignored in scoring", "common.py", "return z if temperature == 1.0 else z.div_(temperature)", "return z", "test_logprobs test_sampling"),
+    ("temperature missing in the gradient", "common.py", "slope = scale / temperature  #", "slope = scale  #", "test_logprobs"),
+    ("soft cap's slope missing", "common.py", "slope = (1 - tanh.square_()).mul_(slope)", "slope = slope", "test_logprobs"),
+    ("scale of the head ignored", "common.py", "    if scale != 1.0:\n        z *= scale", "", "test_logprobs"),
+    ("entropy's gradient without the entropy", "common.py", "(logp + entropies[s, None])", "logp", "test_logprobs"),
+    ("upstream gradient averaged, not per token", "common.py", "pull = g[s, None]", "pull = g.mean().expand_as(g)[s, None]", "test_logprobs"),
+    ("gradient of the head's weight of the last chunk only", "common.py", "d_weight.addmm_(d.T, hidden[s].to(dtype))", "d_weight.copy_(d.T @ hidden[s].to(dtype))", "test_logprobs"),
+    ("no check of the head", "common.py", "< 2e-3:", "< 2e9:", "test_logprobs"),
+    ("KL the wrong way round", "common.py", "d = logprobs - ref_logprobs", "d = ref_logprobs - logprobs", "test_statistics"),
+    ("k3 by exp(d) - 1", "common.py", "torch.expm1(-d) + d", "(torch.exp(-d) - 1) + d", "test_statistics"),
+    ("exact KL of ref from pi", "common.py", "(p.exp() * (p - q))", "(q.exp() * (q - p))", "test_statistics"),
+    ("mask by multiplication", "common.py", "return torch.where(mask, x, 0.0).sum()", "return (x * mask).sum()", "test_statistics"),
+    ("whitening lets padding in", "common.py", "    x = torch.where(mask, x, 0.0)\n    mean = masked_mean(x, mask)", "    mean = x.mean()", "test_statistics"),
+    ("sampling ignores the temperature", "common.py", ".float() / (temperature or 1.0)", ".float()", "test_sampling"),
+    ("left padding without position ids", "common.py", "position_ids=position, ", "", "test_sampling"),
+    ("left padding without attention mask", "common.py", "attention_mask=mask, ", "", "test_sampling"),
+    ("top-k in the sampler", "common.py", "cdf = logp.double().exp()", "cdf = logp.where(logp >= logp.topk(5)[0][:, -1:], -1e9).double().exp()", "test_sampling"),
+    ("only the first EOS id stops", "common.py", "stop = noise.to(device), torch.tensor(eos_ids, device", "stop = noise.to(device), torch.tensor(eos_ids[:1], device", "test_sampling"),
+    ("every row has the same noise", "common.py", "noise[s, t, None]", "noise[:1, t, None]", "test_sampling"),
+    ("tokens beyond the end", "common.py", "tokens[s, t] = token.where(alive, 0)", "tokens[s, t] = token", "test_sampling"),
+    ("EOS is not appended", "common.py", "else piece + eos_ids[:1]", "else piece", "test_tokens"),
+    ("EOS is doubled", "common.py", "while not chat and piece and piece[-1] in eos_ids", "while False", "test_tokens"),
+    ("BOS twice in chats", "common.py", "if k == 0 and not chat:", "if k == 0:", "test_tokens"),
+    ("BOS missing", "common.py", "piece = bos + piece", "piece = piece", "test_tokens"),
+    ("a space before every part", "common.py", "piece = behind[len(anchor) :]", "pass", "test_tokens"),
+    ("EOS cut by truncation", "common.py", "ids[: max_length - 1] + ids[-1:]", "ids[:max_length]", "test_tokens"),
+    ("prompt in the loss", "common.py", "[train and (i < end or not end)", "[(i < end or not end)", "test_tokens"),
+    ("the template's newline after EOS in the loss", "common.py", "[train and (i < end or not end)", "[train", "test_tokens"),
+    ("only the last assistant turn trained", "common.py", "(after[len(before) :], True, True)]", "(after[len(before) :], i == len(messages) - 1, True)]", "test_tokens"),
+    ("prompts on both sides of the split", "common.py", "held_out = set(list(dict.fromkeys(keys))[::20])", "keys = [str(i) for i in range(len(rows))]\n    held_out = set(keys[::20])", "test_tokens"),
+    ("mask from token values", "sft.py", "    return input_ids.to(device), trained.to(device)", "    return input_ids.to(device), (trained & (input_ids != 2)).to(device)", "test_tokens test_losses"),
+    ("loss averaged per micro-batch", "sft.py", "logprobs, 0.0).sum() / num_tokens", "logprobs, 0.0).sum() / trained.sum()", "test_losses"),
+    ("mean of sequence means", "sft.py", "-torch.where(trained, logprobs, 0.0).sum() / num_tokens", "-(torch.where(trained, logprobs, 0.0).sum(1) / trained.sum(1)).mean()", "test_losses"),
+    ("dropout left on", "sft.py", '"drop" in key and value', '"nothing" in key and value', "test_tokens"),
+    ("weights stay in the checkpoint's dtype", "sft.py", "name, config=config, dtype=torch.float32,", 'name, config=config, dtype="auto",', "test_tokens"),
+    ("chosen and rejected swapped", "dpo.py", "h = chosen_rewards - rejected_rewards", "h = rejected_rewards - chosen_rewards", "test_losses"),
+    ("no reference", "dpo.py", "rejected_rewards = beta * (rejected_logps - ref_rejected_logps)", "rejected_rewards = beta * rejected_logps", "test_losses"),
+    ("beta twice", "dpo.py", "F.logsigmoid(h) - (1 - p)", "F.logsigmoid(beta * h) - (1 - p)", "test_losses"),
+    ("log of a sigmoid", "dpo.py", "-p * F.logsigmoid(h)", "-p * torch.log(torch.sigmoid(h))", "test_losses"),
+    ("label smoothing ignored", "dpo.py", "p = mu * (1 - label_smoothing) + (1 - mu) * label_smoothing", "p = mu", "test_losses"),
+    ("ties ignored", "dpo.py", "p = mu * (1 - label_smoothing)", "mu = torch.ones_like(mu)\n    p = mu * (1 - label_smoothing)", "test_losses"),
+    ("IPO's target 1 / beta", "dpo.py", "1 / (2 * beta)", "1 / beta", "test_losses"),
+    ("IPO on rewards, not log-ratios", "dpo.py", "margin, target = h / beta", "margin, target = h", "test_losses"),
+    ("halves of the batch interleaved", "dpo.py", "rows = [chosen for chosen, *_ in pairs] + [rejected for _, rejected, _ in pairs]", "rows = [side for pair in pairs for side in pair[:2]]", "test_losses"),
+    ("accuracy counts ties at the margin as errors", "dpo.py", "0.5 + (mu - 0.5) * margins.sign()", "torch.where(margins > 0, mu, 1 - mu)", "test_losses"),
+    ("log-probs averaged over the completion", "dpo.py", "sequence_logprobs(model, input_ids, trained).sum(1).chunk(2)", "(sequence_logprobs(model, input_ids, trained).sum(1) / trained.sum(1)).chunk(2)", "test_losses"),
+    ("the implicit prompt at a character", "dpo.py", "n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0", "n = n", "test_tokens"),
+    ("the last rows of an epoch dropped", "sft.py", "math.ceil(len(train) / args.batch_size)", "len(train) // args.batch_size", "test_contract"),
+    ("a first update with learning rate 0", "sft.py", "(step + 1) / max(args.warmup_steps, 1)", "step / max(args.warmup_steps, 1)", "test_contract"),
+    ("order drawn from the global state", "sft.py", "generator=torch.Generator().manual_seed(args.seed + 1000 * epoch)", "generator=None", "test_contract"),
+    ("resume forgets the optimizer", "sft.py", 'optimizer.load_state_dict(state["optimizer"])', "pass", "test_contract"),
+    ("resume logs twice", "common.py", "os.truncate(run / name, size)", "pass", "test_contract"),
+]
+# fmt: on
+
+
+def main() -> int:
+    survivors, wanted = 0, sys.argv[1] if len(sys.argv) > 1 else ""
+    for what, file, code, wrong, tests in (mutant for mutant in MUTANTS if wanted in mutant[0]):
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "copy"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("runs", ".git", "__pycache__", ".venv"))
+            source = (copy / file).read_text()
+            if code not in source:
+                print(f"STALE     {what}: {file} no longer holds {code!r}")
+                survivors += 1
+                continue
+            (copy / file).write_text(source.replace(code, wrong))
+            names = [f"tests/{name}.py" for name in tests.split()]
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *names]
+            result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+            killer = next((line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+            survivors += not killer
+            print(f"{'killed   ' if killer else 'SURVIVED '} {what}: {killer[:100] or tests}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""sample(): exactly the distribution that is scored, whatever the batch, the padding and the generation_config."""
+
+import pytest
+import torch
+import transformers
+from common import sample, sequence_logprobs
+from conftest import VOCABULARY, make_model
+from sft import collate
+
+PROMPTS = [
+    [1, 5, 9],
+    [1, 4, 7, 20, 33, 2, 8, 11, 50, 60, 70, 80],
+    [1, 30],
+    [1, 6, 6, 6, 6],
+]  # EOS (2) inside one
+
+
+def completions(tokens, lengths):
+    return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_of_the_sampler_equal_those_of_the_training_forward(model, temperature):
+    """Guard: generate and recompute, with ragged prompts on the left and right padding in training."""
+    prompts = PROMPTS * 6
+    tokens, logprobs, lengths = sample(model, prompts, 20, [2, 3, 4], temperature, seed=1)
+    assert lengths.min() < 20 and lengths.max() == 20  # some rows end, some do not
+    rows = [
+        (prompt + row, [False] * len(prompt) + [True] * len(row))
+        for prompt, row in zip(prompts, completions(tokens, lengths))
+    ]
+    with torch.no_grad():
+        again = sequence_logprobs(model, *collate(rows, "cpu"), temperature=temperature)
+    for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist())):
+        recomputed = again[i, len(prompt) : len(prompt) + length]
+        assert (logprobs[i, :length] - recomputed).abs().max() < 1e-4
+        assert (logprobs[i, length:] == 0).all() and (tokens[i, length:] == 0).all()
+
+
+def test_greedy_output_is_that_of_generate(model):
+    tokens, _, lengths = sample(model, PROMPTS, 12, [2], temperature=0)
+    for prompt, got in zip(PROMPTS, completions(tokens, lengths)):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2)
+        assert out[0, len(prompt) :].tolist() == got
+
+
+def test_batches_and_neighbours_change_no_sample(model):
+    together = sample(model, PROMPTS * 3, 9, [2], seed=5)
+    apart = sample(model, PROMPTS * 3, 9, [2], seed=5, batch_size=5)
+    assert torch.equal(together[0], apart[0]) and torch.allclose(together[1], apart[1], atol=1e-4)
+    other = sample(model, PROMPTS * 3, 9, [2], seed=6)
+    assert completions(other[0], other[2]) != completions(together[0], together[2])
+
+
+def test_a_poisoned_generation_config_has_no_effect(model):
+    want = sample(model, PROMPTS, 9, [2], seed=5)
+    model.generation_config = transformers.GenerationConfig(
+        top_k=5, top_p=0.5, repetition_penalty=1.3, min_new_tokens=5, do_sample=True, temperature=0.1
+    )
+    got = sample(model, PROMPTS, 9, [2], seed=5)
+    assert torch.equal(want[0], got[0])
+
+
+def test_first_tokens_follow_the_distribution():
+    """A chi-square test of 20,000 first tokens over a peaked softmax; temperature must count."""
+    model, n = make_model("llama"), 20_000
+    for temperature in (1.0, 0.5):
+        tokens, *_ = sample(model, [[1, 5, 9]] * n, 1, [2], temperature, seed=3, batch_size=n)
+        with torch.no_grad():
+            p = torch.softmax(model(torch.tensor([[1, 5, 9]])).logits[0, -1].double() / temperature, -1)
+        counts = torch.bincount(tokens[:, 0], minlength=VOCABULARY).double()
+        likely = p * n >= 10  # the chi-square approximation needs some counts; the rest is one class
+        observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
+        expected = torch.cat([p[likely], p[~likely].sum()[None]]) * n
+        statistic, freedom = (
+            ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item(),
+            likely.sum().item(),
+        )
+        assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_rows_of_one_prompt_differ_from_the_first_token_on():
+    tokens, *_ = sample(make_model("llama"), [[1, 5, 9]] * 64, 4, [2], temperature=3.0, seed=1)
+    assert len(set(tokens[:, 0].tolist())) > 20
+
+
+def test_ends_at_the_first_eos_of_several_and_not_at_one_in_the_prompt(model):
+    free, _, lengths = sample(model, PROMPTS, 30, [], seed=2)
+    assert (lengths == 30).all()
+    stops = [free[0, 3].item(), free[1, 7].item()]
+    tokens, _, lengths = sample(model, PROMPTS, 30, stops, seed=2)
+    for i, row in enumerate(free.tolist()):
+        want = next((t + 1 for t, token in enumerate(row) if token in stops), 30)
+        assert lengths[i] == want and tokens[i, :want].tolist() == row[:want]
+    short, long = [1, 5], [1] + [5] * 25
+    assert sample(model, [short, long], 12, [], seed=0)[2].tolist() == [
+        12,
+        12,
+    ]  # the budget excludes the prompt
