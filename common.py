@@ -291,7 +291,7 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[i
 
 def read_rows(path: str, split: str = "train") -> list[dict]:
     """Rows of a .jsonl or .json file, or of a .parquet file or Hub id through the optional `datasets`
-    package. Each carries its origin, "file:line", under the key "where".
+    package. Each carries its origin, "file:line", under the key "_where".
     """
     file, rows = Path(path), []
     if file.suffix in (".jsonl", ".json"):
@@ -308,7 +308,7 @@ def read_rows(path: str, split: str = "train") -> list[dict]:
                 fail(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: expected an object with named columns, found {line[:40]}")
-            rows += [{**row, "where": f"{path}:{number}"}] if line.strip() else []
+            rows += [{**row, "_where": f"{path}:{number}"}] if line.strip() else []
     elif file.suffix == ".parquet" or (path.count("/") == 1 and not file.parent.exists()):
         try:
             import datasets
@@ -319,7 +319,7 @@ def read_rows(path: str, split: str = "train") -> list[dict]:
             fail(f"{path}: .parquet files and Hub ids need `pip install datasets`")
         except Exception as error:  # of dozens of types, for a wrong name or a network that is down
             fail(f"{path}: {error}")
-        rows = [{**row, "where": f"{path}:{i}"} for i, row in enumerate(loaded, 1)]
+        rows = [{**row, "_where": f"{path}:{i}"} for i, row in enumerate(loaded, 1)]
     else:
         fail(f"{path}: not a .jsonl, .json or .parquet file, nor a data set's Hub id (owner/name)")
     return rows or fail(f"{path}: no rows")
@@ -351,11 +351,11 @@ def segments_of(tokenizer, row: dict, completion: str) -> list[tuple[str, bool, 
     Few chat templates mark the turns, so they are found by rendering prefixes: what a template writes for a
     message behind its own generation prompt is that message's turn.
     """
-    where, first = row["where"], 0
+    where, first = row["_where"], 0
     formats = ["prompt", completion], ["messages"], ["text"]
     keys = next((keys for keys in formats if set(keys) <= set(row)), None)
     if keys is None:
-        fail(f"{where}: needs prompt and {completion}, messages or text; has {sorted(set(row) - {'where'})}")
+        fail(f"{where}: needs prompt and {completion}, messages or text; has {sorted(set(row) - {'_where'})}")
     parts = [row[key] for key in keys]
     if all(isinstance(part, str) for part in parts):
         return [(part, k == len(parts) - 1, False) for k, part in enumerate(parts)]
@@ -392,7 +392,7 @@ def encode(tokenizer, rows: list[dict], eos_ids: list[int], max_length: int, com
     texts, bare = [text for row in segments for text, *_ in row], partial(tokenizer, add_special_tokens=False)
     pieces = zip(bare(texts)["input_ids"], bare(["\n" + text for text in texts])["input_ids"])
     anchor, marked = bare("\n")["input_ids"], tokenizer("\n")["input_ids"]
-    bos = next(marked[:i] for i in range(len(marked)) if marked[i : i + len(anchor)] == anchor)
+    bos = next((marked[:i] for i in range(len(marked)) if marked[i : i + len(anchor)] == anchor), [])
     result, cut = [], 0
     for row, parts in zip(rows, segments):
         ids, trained = [], []
@@ -410,12 +410,19 @@ def encode(tokenizer, rows: list[dict], eos_ids: list[int], max_length: int, com
                 end = len(piece)
             ids, trained = ids + piece, trained + [train and (i < end or not end) for i in range(len(piece))]
         if len(ids) > max_length:
-            if not any(trained[: max_length - 1]):
-                fail(f"{row['where']}: the prompt fills --max-length {max_length}: raise it or drop the row")
-            ids, trained, cut = ids[: max_length - 1] + ids[-1:], trained[: max_length - 1] + [True], cut + 1
-        result.append((ids, [False, *trained[1:]]))
+            eos, cut = ids[-1], cut + 1
+            kept = max((i + 1 for i in range(max_length - 1) if trained[i]), default=0)
+            if kept == 0:
+                fail(f"{row['_where']}: the prompt fills --max-length {max_length}: raise it or drop the row")
+            ids, trained = ids[:kept], trained[:kept]  # to where the cut is, or the last turn before it ends
+            if ids[-1] not in eos_ids:
+                ids, trained = [*ids, eos], [*trained, True]
+        trained[0] = False  # nothing predicts it
+        if not any(trained):
+            fail(f"{row['_where']}: has no token to train on")
+        result.append((ids, trained))
     if cut:
-        print(f"{cut} of {len(rows)} rows from {rows[0]['where']} on cut to --max-length {max_length}")
+        print(f"{cut} of {len(rows)} rows from {rows[0]['_where']} on cut to --max-length {max_length}")
     return result
 
 

@@ -106,9 +106,9 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
     for row in rows:
         mu = row.setdefault("mu", 1.0)
         if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 <= mu <= 1:
-            fail(f"{row['where']}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
+            fail(f"{row['_where']}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
         if not {"chosen", "rejected"} <= set(row):
-            fail(f"{row['where']}: needs chosen and rejected; found {sorted(set(row) - {'where', 'mu'})}")
+            fail(f"{row['_where']}: needs chosen and rejected; found {sorted(set(row) - {'_where', 'mu'})}")
         if "prompt" not in row:
             chosen, rejected, marker = row["chosen"], row["rejected"], "\n\nAssistant:"
             n = min(len(chosen), len(rejected))  # characters, or messages
@@ -116,13 +116,13 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
             if isinstance(chosen, str):
                 n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0
             if n == 0:
-                fail(f"{row['where']}: no prompt column, and chosen and rejected share no beginning")
+                fail(f"{row['_where']}: no prompt column, and chosen and rejected share no beginning")
             row.update(prompt=chosen[:n], chosen=chosen[n:], rejected=rejected[n:])
     sides = [encode(tokenizer, rows, eos_ids, max_length, completion=side) for side in ("chosen", "rejected")]
     pairs = [(*sides, row["mu"]) for *sides, row in zip(*sides, rows) if sides[0] != sides[1]]
     if dropped := len(rows) - len(pairs):
         print(f"{dropped} of {len(rows)} pairs dropped: chosen and rejected are the same tokens")
-    return pairs or fail(f"{rows[0]['where']}: no pair in which chosen and rejected differ")
+    return pairs or fail(f"{rows[0]['_where']}: no pair in which chosen and rejected differ")
 
 
 def collate(pairs, device):

@@ -81,8 +81,8 @@ def starts(tmp_path_factory):
     for seed in (1, 2):
         launch(sft, sft.Args(
             model=str(DATA / "model"), dataset=str(folder / "sft.jsonl"), num_train_epochs=1, batch_size=5,
-            micro_batch_size=5, warmup_steps=0, eval_dataset=str(folder / "sft_held_out.jsonl"), eval_samples=1,
-            output_dir=str(folder / f"run{seed}"), seed=seed, device="cpu"))
+            micro_batch_size=5, eval_dataset=str(folder / "sft_held_out.jsonl"), warmup_steps=0,
+            eval_samples=1, output_dir=str(folder / f"run{seed}"), seed=seed, device="cpu"))
     return folder
 
 
@@ -383,8 +383,8 @@ def test_checkpoint_that_is_a_pickle_is_refused(refused, tmp_path):
 def run_python(*arguments, cwd=ROOT, **environment):
     """`python arguments` as a process of its own."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
-                          timeout=120)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True,
+                          text=True, timeout=120)
 
 
 def as_flags(args) -> list[str]:
@@ -395,6 +395,7 @@ def as_flags(args) -> list[str]:
         for flag, value in flags.items()))
 
 
+@pytest.mark.parametrize("name", ["sft"])
 def test_bad_row_in_a_process(name, tiny, tmp_path):
     path = write(tmp_path / "rows.jsonl", [GOOD[name], '{"prompt": '])
     process = run_python(f"{name}.py", *as_flags(tiny(dataset=path)))
@@ -487,7 +488,7 @@ def test_resume_after_a_kill_behind_the_last_step(script, tiny, go, monkeypatch)
 
 def test_resume_may_change_what_changes_no_number(script, tiny, go):
     assert interrupt(script, tiny(), 2, signal.SIGTERM) == 128 + signal.SIGTERM
-    resumed = go("run", resume=True, save_every=1, micro_batch_size=2, gradient_checkpointing=True)
+    resumed = go("run", resume=True, save_every=1, micro_batch_size=2)
     assert numbers(resumed) == approx_rows(numbers(go("whole")), 1e-4)
 
 
@@ -638,7 +639,8 @@ def ragged(name, tmp_path):
 
 
 def approx_rows(want, tolerance):
-    approx = lambda value: pytest.approx(value, rel=tolerance, abs=1e-9)
+    """An implicit reward is a difference of log-probs of 50 nats, which fp32 holds to 4e-6."""
+    approx = lambda value: pytest.approx(value, rel=tolerance, abs=1e-5)
     return [{key: approx(value) for key, value in row.items()} for row in want]
 
 
@@ -646,7 +648,11 @@ def approx_rows(want, tolerance):
 def test_micro_batches_change_nothing(go, ragged, micro):
     flags = {"dataset": ragged, "batch_size": 8, "eval_every": 1}  # 20 rows: 8, 8, 4
     whole, parts = go("whole", **flags, micro_batch_size=8), go("parts", **flags, micro_batch_size=micro)
-    assert numbers(parts) == approx_rows(numbers(whole), 1e-4)
+    logged = numbers(whole), numbers(parts)
+    for first_step in (logged[0][1], logged[1][1]):  # policy = reference: the sign of a margin of 0 is rounding
+        assert abs(first_step.get("rewards/margins", 0.0)) < 1e-5
+        first_step.pop("rewards/accuracies", None)
+    assert logged[1] == approx_rows(logged[0], 1e-4)
     a, b = (load_file(run / "model" / "model.safetensors") for run in (whole, parts))
     for key, weight in a.items():
         assert (weight - b[key]).abs().max() < 1e-4, key  # a tenth of one step at the learning rate of 1e-3
@@ -741,17 +747,22 @@ def test_option_does_something(go, starts, tmp_path, name, flag):
     elif flag in ("dataset", "eval_dataset"):
         value = write(tmp_path / value, head(TRAIN[name], 50, 58))
     short = write(tmp_path / "short.jsonl", head(TRAIN[name], 0, 8))
-    before, after = (numbers(go(kind, **{"dataset": short, **changed}))
+    before, after = (numbers(go(kind, **{"dataset": short, "max_new_tokens": 40, **changed}))
                      for kind, changed in (("before", {}), ("after", {flag: value})))
     assert len(before) == 4
     assert [set(row) for row in after] != [set(row) for row in before] or after != approx_rows(before, 1e-6)
 
 
 def test_gradient_checkpointing_changes_no_number(go, trained):
-    plain = numbers(go("plain"))
-    assert not trained["model"].is_gradient_checkpointing
-    assert numbers(go("checkpointed", gradient_checkpointing=True)) == approx_rows(plain, 1e-5)
-    assert trained["model"].is_gradient_checkpointing
+    """Nor a sample: transformers turns the cache off in a checkpointed model that is in training mode."""
+    runs, enabled = [], []
+    for value in (False, True):
+        runs.append(go(f"run {value}", gradient_checkpointing=value))
+        layers = trained["model"].modules()
+        enabled.append(any(getattr(layer, "gradient_checkpointing", False) for layer in layers))
+    assert enabled == [False, True]
+    assert numbers(runs[1]) == approx_rows(numbers(runs[0]), 1e-5)
+    assert read(runs[1] / "samples.jsonl")[:4] == read(runs[0] / "samples.jsonl")[:4]
 
 
 def test_evaluation_and_checkpoints_change_no_training(go):
@@ -864,7 +875,7 @@ def test_help(name, script):
     assert list(comments) == flags_of(script)
     for flag, comment in comments.items():
         assert f"--{flag.replace('_', '-')}" in process.stdout
-        assert len(comment) > 10 and letters(comment) in shown, flag
+        assert " " in comment and letters(comment) in shown, flag
 
 
 def test_import_has_no_side_effects(tmp_path):

@@ -21,7 +21,7 @@ TALK = [
 def one(tokenizer, row, eos_ids=(2,), max_length=512, **options):
     """(ids, trained) of one row, checked for type and length."""
     ((ids, trained),) = encode(
-        tokenizer, [{"where": "rows.jsonl:7", **row}], list(eos_ids), max_length, **options
+        tokenizer, [{"_where": "rows.jsonl:7", **row}], list(eos_ids), max_length, **options
     )
     assert (
         all(type(i) is int for i in ids)
@@ -66,8 +66,8 @@ def test_exactly_one_bos_and_one_eos(bpe_tokenizer, completion):
 def test_eos_is_trained_although_it_is_the_pad_token(bpe_tokenizer):
     """Masks come from lengths: two rows, pad == EOS; each keeps its last label, and a pad id in the text is text."""
     rows = [
-        {"prompt": "hello", "completion": " there", "where": ""},
-        {"prompt": "", "completion": "<pad> me", "where": ""},
+        {"prompt": "hello", "completion": " there", "_where": ""},
+        {"prompt": "", "completion": "<pad> me", "_where": ""},
     ]
     from sft import collate
 
@@ -149,11 +149,43 @@ def test_a_tokenizer_that_puts_a_space_before_every_text_puts_none_at_the_seam()
     assert [words[i] for i in ids] == ["▁a", "▁b", "</s>"] and tokenizer.decode(ids[:-1]) == "a b"
 
 
+def test_truncation_of_a_conversation_ends_with_the_last_turn_that_fits(chat):
+    """Never with a user's words and an EOS that the assistant would learn to say after them."""
+    full, trained = one(chat, {"messages": TALK})
+    first = trained.index(False, trained.index(True))  # behind the first assistant turn
+    for max_length in range(first + 1, len(full)):
+        ids, kept = one(chat, {"messages": TALK}, max_length=max_length)
+        assert len(ids) <= max_length and ids[-1] == 2 and kept[-1]
+        text = texts(chat, ids, kept)[1]
+        if any(trained[first : max_length - 1]):
+            assert text.startswith("hello there</s>") and text.count("</s>") == 2
+        else:
+            assert text == "hello there</s>" and ids == full[:first]
+
+
+def test_rows_without_anything_to_train_are_refused(bpe_tokenizer, capsys):
+    with pytest.raises(SystemExit):
+        encode(BareTokenizer(bpe_tokenizer), [{"_where": "rows.jsonl:7", "text": ""}], [2], 9)
+    assert "rows.jsonl:7: has no token to train on" in capsys.readouterr().err
+
+
+class BareTokenizer:
+    """The same tokenizer without BOS."""
+
+    chat_template = None
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts, add_special_tokens=True):
+        return self.tokenizer(texts, add_special_tokens=False)
+
+
 # ---- pairs ----
 
 
 def pairs_of(tokenizer, row, **options):
-    return dpo.load_pairs(tokenizer, [{"where": "pairs.jsonl:3", **row}], [2], options.get("max_length", 512))
+    return dpo.load_pairs(tokenizer, [{"_where": "pairs.jsonl:3", **row}], [2], options.get("max_length", 512))
 
 
 def test_pairs_share_their_prompt_and_carry_mu(bpe_tokenizer):
@@ -181,11 +213,11 @@ def test_the_implicit_prompt_ends_at_a_turn_and_not_at_a_character(bpe_tokenizer
 
 def test_pairs_that_carry_no_information_are_dropped_and_counted(bpe_tokenizer, capsys):
     same = {"prompt": "hello", "chosen": " there" * 9 + " a", "rejected": " there" * 9 + " b"}
-    rows = [{"where": "", **same}, {"where": "", "prompt": "hello", "chosen": " a", "rejected": " b"}]
+    rows = [{"_where": "", **same}, {"_where": "", "prompt": "hello", "chosen": " a", "rejected": " b"}]
     assert len(dpo.load_pairs(bpe_tokenizer, rows, [2], 12)) == 1
     assert "1 of 2 pairs dropped" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        dpo.load_pairs(bpe_tokenizer, [{"where": "p:1", **same}], [2], 12)
+        dpo.load_pairs(bpe_tokenizer, [{"_where": "p:1", **same}], [2], 12)
 
 
 # ---- files ----
@@ -199,8 +231,8 @@ def test_json_and_jsonl_give_the_same_rows_and_blank_lines_are_skipped(tmp_path)
     (tmp_path / "x.json").write_text(json.dumps(rows))
     for name in ("x.jsonl", "x.json"):
         got = read_rows(str(tmp_path / name))
-        assert [{k: v for k, v in row.items() if k != "where"} for row in got] == rows
-    assert read_rows(str(tmp_path / "x.jsonl"))[1]["where"].endswith("x.jsonl:4")
+        assert [{k: v for k, v in row.items() if k != "_where"} for row in got] == rows
+    assert read_rows(str(tmp_path / "x.jsonl"))[1]["_where"].endswith("x.jsonl:4")
 
 
 def test_held_out_rows_share_no_prompt_with_the_training_rows(tmp_path):
