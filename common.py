@@ -77,7 +77,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if entropy:
                 entropies[s] = -(z.exp() * z).nan_to_num_(0.0).sum(-1)
             if hits:
-                is_top[s] = logprobs[s] >= z.amax(-1)
+                is_top[s] = z.argmax(-1) == targets[s]
             if keep:
                 kept.append(z.to(hidden.dtype) if half else z)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropies)
@@ -174,9 +174,14 @@ def sequence_logprobs(model, input_ids, mask, **options):
 
 
 @torch.no_grad()
-def check_head(model, ids: list[int]) -> None:
-    """Refuse a model whose own log-probs `sequence_logprobs` does not reproduce: it would train wrongly."""
-    ids = torch.tensor([ids], device=model.device)  # (1, T)
+def check_model(model, rows: list[list[int]]) -> None:
+    """Refuse a model with too few positions for the rows' ids, or whose own log-probs of the first row
+    `sequence_logprobs` does not reproduce: it would train wrongly.
+    """
+    longest, positions = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        fail(f"--max-length: rows have up to {longest} tokens, the model {positions} positions: lower it")
+    ids = torch.tensor(rows[:1], device=model.device)  # (1, T)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     want = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     got = sequence_logprobs(model, ids, torch.arange(ids.shape[1], device=ids.device)[None] > 0)[:, 1:]
@@ -252,7 +257,8 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[i
     Returns: tokens (B, R), log-probs (B, R) in fp32, lengths (B,), on the model's device. A row ends with its
     first token of eos_ids, or unfinished at max_new_tokens; behind its length it holds zeros.
     """
-    device, B = model.device, len(prompts)
+    device, B, training = model.device, len(prompts), model.training
+    model.eval()  # activation checkpointing, which is for training mode, would leave the cache empty
     noise = torch.rand(B, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     noise, stop = noise.to(device), torch.tensor(eos_ids, device=device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
@@ -282,6 +288,7 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[i
             if not alive.any():
                 break
             ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
+    model.train(training)
     R = int(lengths.max())
     return tokens[:, :R], logprobs[:, :R], lengths
 
@@ -437,9 +444,12 @@ def open_run(args):
     if checkpoint.exists() and not args.resume:
         fail(f"--output-dir {run} holds an interrupted run: continue it with --resume, or remove it")
     if not args.resume:
-        run.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            (run / name).write_text("")
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                (run / name).write_text("")
+        except OSError as error:
+            fail(f"--output-dir {run}: {error}")
         return run, None
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -447,8 +457,8 @@ def open_run(args):
         fail(f"--resume: cannot read {checkpoint}: {error}")
     free = ("resume", "micro_batch_size", "save_every", "gradient_checkpointing", "track")
     for name, value in asdict(args).items():
-        if name not in free and value != state["args"][name]:
-            fail(f"--resume: --{name.replace('_', '-')} is {value}, and was {state['args'][name]} before")
+        if name not in free and value != state["args"].get(name):
+            fail(f"--resume: --{name.replace('_', '-')} is {value}, and was {state['args'].get(name)} before")
     for name, size in state["sizes"].items():
         os.truncate(run / name, size)  # what was logged after the checkpoint will be logged again
     return run, state

@@ -38,7 +38,7 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    check_head, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs, split_rows)
+    check_model, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs, split_rows)
 
 
 @dataclass
@@ -99,7 +99,6 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 def load_pairs(tokenizer, rows, eos_ids, max_length):
     """Rows to pairs (chosen, rejected, mu), chosen and rejected being (ids, trained) with the same prompt.
-
     Without a `prompt` column it is what both sides share: their leading messages or, of texts in the style of
     Anthropic HH, everything up to the last "\\n\\nAssistant:".
     """
@@ -111,6 +110,8 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
             fail(f"{row['_where']}: needs chosen and rejected; found {sorted(set(row) - {'_where', 'mu'})}")
         if "prompt" not in row:
             chosen, rejected, marker = row["chosen"], row["rejected"], "\n\nAssistant:"
+            if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+                fail(f"{row['_where']}: chosen and rejected must both be text, or both lists of messages")
             n = min(len(chosen), len(rejected))  # characters, or messages
             n = next((i for i in range(n) if chosen[i] != rejected[i]), n)
             if isinstance(chosen, str):
@@ -126,9 +127,8 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
 
 
 def collate(pairs, device):
-    """B pairs as 2B rows, chosen first, padded on the right: input_ids (2B, T), trained (2B, T), mu (B,).
-
-    The padding is id 0, whatever that token is: the mask comes from the rows, never from token values.
+    """B pairs as 2B rows, chosen first, padded on the right: input_ids (2B, T), trained (2B, T), mu (B,). The
+    padding is id 0, whatever that token is: the mask comes from the rows, never from token values.
     """
     rows = [chosen for chosen, *_ in pairs] + [rejected for _, rejected, _ in pairs]
     T = max(len(ids) for ids, _ in rows)
@@ -158,17 +158,19 @@ def load_model(args, device):
             torch.manual_seed(args.seed)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:  # safetensors only: nothing is unpickled
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            if info["missing_keys"]:
+                fail(f"--model {name}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    except Exception as error:  # of many types, for files that are missing, broken or do not fit
         fail(f"--model {name}: {error}")
     eos = model.generation_config.eos_token_id
     eos_ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
     eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
     if not eos_ids:
         fail(f"--model {name}: neither its tokenizer nor its generation_config names an EOS token")
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if args.gradient_checkpointing:  # renamed in transformers 5.23
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if device.type == "cpu" and model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # on matrices this small, threads wait longer than they work
     return model.to(device).train(), tokenizer, eos_ids
@@ -190,7 +192,8 @@ def save_model(run, args, model, tokenizer, eos_ids, seconds):
 
 def complete(model, tokenizer, prompts, eos_ids, args):
     """(metrics, rows of samples.jsonl): a completion a prompt, at temperature 1 with the noise of --seed."""
-    tokens, _, lengths = sample(model, prompts, args.max_new_tokens, eos_ids, seed=args.seed)
+    room = getattr(model.config, "max_position_embeddings", 1 << 30) - max(map(len, prompts))
+    tokens, _, lengths = sample(model, prompts, min(args.max_new_tokens, room), eos_ids, seed=args.seed)
     completions = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     metrics = {"completions/mean_length": sum(map(len, completions)) / len(completions),
                "completions/eos_rate": sum(row[-1] in eos_ids for row in completions) / len(completions)}
@@ -202,18 +205,16 @@ def complete(model, tokenizer, prompts, eos_ids, args):
 def reference_logps(model, pairs, args, autocast):
     """log pi_ref(y|x) of chosen and rejected: (len(pairs), 2), on the CPU."""
     result = []
-    for i in range(0, len(pairs), args.micro_batch_size):
-        input_ids, trained, _ = collate(pairs[i : i + args.micro_batch_size], model.device)
-        with autocast():
+    with autocast():
+        for i in range(0, len(pairs), args.micro_batch_size):
+            input_ids, trained, _ = collate(pairs[i : i + args.micro_batch_size], model.device)
             result.append(sequence_logprobs(model, input_ids, trained).sum(1).view(2, -1).T.cpu())
     return torch.cat(result)
 
 
 def forward(model, pairs, ref_logps, args, autocast):
     """(losses (B,), metrics as sums over the B pairs), chosen and rejected in one forward pass.
-
-    rewards/accuracies is the share of votes that the implicit reward agrees with: mu or 1 - mu, and 0.5 at a
-    tie.
+    rewards/accuracies is the share of votes the implicit reward agrees with: mu or 1 - mu, 0.5 at margin 0.
     """
     input_ids, trained, mu = collate(pairs, model.device)
     with autocast():
@@ -222,8 +223,9 @@ def forward(model, pairs, ref_logps, args, autocast):
     losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *references, mu, args.beta,
                                                         args.loss_type, args.label_smoothing)
     margins = chosen_rewards - rejected_rewards
+    votes = 0.5 + (mu - 0.5) * margins.round(decimals=4).sign()  # rounding noise is a tie
     metrics = {"loss": losses, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
-               "rewards/margins": margins, "rewards/accuracies": 0.5 + (mu - 0.5) * margins.sign(),
+               "rewards/margins": margins, "rewards/accuracies": votes,
                "logps/chosen": chosen, "logps/rejected": rejected}
     return losses, {name: value.detach().sum() for name, value in metrics.items()}
 
@@ -245,9 +247,12 @@ def evaluate(model, tokenizer, pairs, ref_logps, eos_ids, args, autocast):
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
     start = time.time()
-    for name in ("num_train_epochs", "micro_batch_size", "max_length", "eval_samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: must be at least 1")
+    positive = ("num_train_epochs", "micro_batch_size", "max_length", "eval_samples", "max_new_tokens")
+    for name in (*positive, "learning_rate", "warmup_steps", "eval_every", "save_every"):
+        if getattr(args, name) < (name in positive):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: too small")
+    if args.beta <= 0 or not 0 <= args.label_smoothing <= 0.5:
+        fail(f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} from 0 to 0.5")
     if args.batch_size < 1 or args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -259,13 +264,14 @@ def main(args: Args) -> dict:
     log = make_logger(run, args)
     if args.model == Args.model and not Path(args.model).exists():
         print(f"{args.model} does not exist yet: running sft.py, which makes it")
-        subprocess.run([sys.executable, Path(__file__).with_name("sft.py")], check=True)
+        if code := subprocess.run([sys.executable, Path(__file__).with_name("sft.py")]).returncode:
+            raise SystemExit(code)
 
     # 2. model, data, optimizer
     model, tokenizer, eos_ids = load_model(args, device)
     train, held_out = (load_pairs(tokenizer, rows, eos_ids, args.max_length)
                        for rows in split_rows(args.dataset, args.eval_dataset))
-    check_head(model, train[0][0][0])
+    check_model(model, [ids for pair in train + held_out for ids, _ in pair[:2]])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps, step, num_tokens = steps_per_epoch * args.num_train_epochs, 0, 0
@@ -273,19 +279,22 @@ def main(args: Args) -> dict:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, num_tokens = state["step"], state["num_tokens"]
-        ref_train, ref_held_out = state["ref_train"], state["ref_held_out"]
+        if state["rows"] != len(train):
+            fail(f"--resume: {args.dataset} has {len(train)} rows, and had {state['rows']} before")
+        ref_train, ref_held_out = state["reference"]
     else:  # the reference is the start
-        ref_train = reference_logps(model, train, args, autocast)
-        ref_held_out = reference_logps(model, held_out, args, autocast)
+        ref_train, ref_held_out = (reference_logps(model, rows, args, autocast) for rows in (train, held_out))
 
     # 3. the loop. The order is a function of (seed, epoch), so that no random state has to be saved
-    stopped = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops after a step, a second one at once
-        signal.signal(number, lambda n, frame: stopped.append(n) or signal.signal(n, signal.SIG_DFL))
+    stopped, metrics = [], {}  # a first signal stops after the step, a second one at once
+    stop = lambda number, frame: stopped.append(number) or signal.signal(number, signal.SIG_DFL)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=num_steps, initial=step, desc="dpo", unit="step", disable=None)
-    while not stopped:
+    while step == num_steps or not stopped:
         if step in (0, num_steps) or (args.eval_every and step % args.eval_every == 0):
             after, samples = evaluate(model, tokenizer, held_out, ref_held_out, eos_ids, args, autocast)
+            if not math.isfinite(after["eval/loss"]):
+                fail(f"step {step}: eval/loss is {after['eval/loss']}: lower --learning-rate")
             log(step, after, samples)
             bar.write(f"step {step}: eval/loss {after['eval/loss']:.4f} {samples[0]['completion'][:80]!r}")
         if step == num_steps:
@@ -328,8 +337,10 @@ def main(args: Args) -> dict:
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
         if stopped or (args.save_every and step % args.save_every == 0):
             save_checkpoint(run, args, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                            num_tokens=num_tokens, ref_train=ref_train, ref_held_out=ref_held_out)
+                            num_tokens=num_tokens, rows=len(train), reference=[ref_train, ref_held_out])
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if step < num_steps:
         print(f"stopped after step {step} of {num_steps}: --resume continues")
         raise SystemExit(128 + stopped[0])

@@ -35,7 +35,7 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    check_head, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs, split_rows)
+    check_model, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs, split_rows)
 
 
 @dataclass
@@ -76,9 +76,8 @@ def sft_loss(logprobs, trained, num_tokens):
 
 
 def collate(rows, device):
-    """Rows (ids, trained) padded on the right to the longest one: input_ids (B, T), trained (B, T).
-
-    The padding is id 0, whatever that token is: the mask comes from the rows, never from token values.
+    """Rows (ids, trained) padded on the right to the longest one: input_ids (B, T), trained (B, T). The
+    padding is id 0, whatever that token is: the mask comes from the rows, never from token values.
     """
     T = max(len(ids) for ids, _ in rows)
     input_ids = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in rows])
@@ -106,17 +105,19 @@ def load_model(args, device):
             torch.manual_seed(args.seed)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:  # safetensors only: nothing is unpickled
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            if info["missing_keys"]:
+                fail(f"--model {name}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    except Exception as error:  # of many types, for files that are missing, broken or do not fit
         fail(f"--model {name}: {error}")
     eos = model.generation_config.eos_token_id
     eos_ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
     eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
     if not eos_ids:
         fail(f"--model {name}: neither its tokenizer nor its generation_config names an EOS token")
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if args.gradient_checkpointing:  # renamed in transformers 5.23
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if device.type == "cpu" and model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # on matrices this small, threads wait longer than they work
     return model.to(device).train(), tokenizer, eos_ids
@@ -138,7 +139,8 @@ def save_model(run, args, model, tokenizer, eos_ids, seconds):
 
 def complete(model, tokenizer, prompts, eos_ids, args):
     """(metrics, rows of samples.jsonl): a completion a prompt, at temperature 1 with the noise of --seed."""
-    tokens, _, lengths = sample(model, prompts, args.max_new_tokens, eos_ids, seed=args.seed)
+    room = getattr(model.config, "max_position_embeddings", 1 << 30) - max(map(len, prompts))
+    tokens, _, lengths = sample(model, prompts, min(args.max_new_tokens, room), eos_ids, seed=args.seed)
     completions = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     metrics = {"completions/mean_length": sum(map(len, completions)) / len(completions),
                "completions/eos_rate": sum(row[-1] in eos_ids for row in completions) / len(completions)}
@@ -164,9 +166,10 @@ def evaluate(model, tokenizer, rows, eos_ids, args, autocast):
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
     start = time.time()
-    for name in ("num_train_epochs", "micro_batch_size", "max_length", "eval_samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: must be at least 1")
+    positive = ("num_train_epochs", "micro_batch_size", "max_length", "eval_samples", "max_new_tokens")
+    for name in (*positive, "learning_rate", "warmup_steps", "eval_every", "save_every"):
+        if getattr(args, name) < (name in positive):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: too small")
     if args.batch_size < 1 or args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -181,7 +184,7 @@ def main(args: Args) -> dict:
     model, tokenizer, eos_ids = load_model(args, device)
     train, held_out = (encode(tokenizer, rows, eos_ids, args.max_length)
                        for rows in split_rows(args.dataset, args.eval_dataset))
-    check_head(model, train[0][0])
+    check_model(model, [ids for ids, _ in train + held_out])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps, step, num_tokens = steps_per_epoch * args.num_train_epochs, 0, 0
@@ -189,15 +192,19 @@ def main(args: Args) -> dict:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, num_tokens = state["step"], state["num_tokens"]
+        if state["rows"] != len(train):
+            fail(f"--resume: {args.dataset} has {len(train)} rows, and had {state['rows']} before")
 
     # 3. the loop. The order is a function of (seed, epoch), so that no random state has to be saved
-    stopped = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops after a step, a second one at once
-        signal.signal(number, lambda n, frame: stopped.append(n) or signal.signal(n, signal.SIG_DFL))
+    stopped, metrics = [], {}  # a first signal stops after the step, a second one at once
+    stop = lambda number, frame: stopped.append(number) or signal.signal(number, signal.SIG_DFL)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=num_steps, initial=step, desc="sft", unit="step", disable=None)
-    while not stopped:
+    while step == num_steps or not stopped:
         if step in (0, num_steps) or (args.eval_every and step % args.eval_every == 0):
             after, samples = evaluate(model, tokenizer, held_out, eos_ids, args, autocast)
+            if not math.isfinite(after["eval/loss"]):
+                fail(f"step {step}: eval/loss is {after['eval/loss']}: lower --learning-rate")
             log(step, after, samples)
             bar.write(f"step {step}: eval/loss {after['eval/loss']:.4f} {samples[0]['completion'][:80]!r}")
         if step == num_steps:
@@ -242,8 +249,10 @@ def main(args: Args) -> dict:
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
         if stopped or (args.save_every and step % args.save_every == 0):
             save_checkpoint(run, args, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                            num_tokens=num_tokens)
+                            num_tokens=num_tokens, rows=len(train))
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if step < num_steps:
         print(f"stopped after step {step} of {num_steps}: --resume continues")
         raise SystemExit(128 + stopped[0])

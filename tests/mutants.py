@@ -61,7 +61,7 @@ MUTANTS = [
     ("IPO's target 1 / beta", "dpo.py", "1 / (2 * beta)", "1 / beta", "test_losses"),
     ("IPO on rewards, not log-ratios", "dpo.py", "margin, target = h / beta", "margin, target = h", "test_losses"),
     ("halves of the batch interleaved", "dpo.py", "rows = [chosen for chosen, *_ in pairs] + [rejected for _, rejected, _ in pairs]", "rows = [side for pair in pairs for side in pair[:2]]", "test_losses"),
-    ("accuracy counts ties at the margin as errors", "dpo.py", "0.5 + (mu - 0.5) * margins.sign()", "torch.where(margins > 0, mu, 1 - mu)", "test_losses"),
+    ("accuracy counts ties at the margin as errors", "dpo.py", "0.5 + (mu - 0.5) * margins.round(decimals=4).sign()", "torch.where(margins > 0, mu, 1 - mu)", "test_losses"),
     ("log-probs averaged over the completion", "dpo.py", "sequence_logprobs(model, input_ids, trained).sum(1).chunk(2)", "(sequence_logprobs(model, input_ids, trained).sum(1) / trained.sum(1)).chunk(2)", "test_losses"),
     ("the implicit prompt at a character", "dpo.py", "n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0", "n = n", "test_tokens"),
     ("the last rows of an epoch dropped", "sft.py", "math.ceil(len(train) / args.batch_size)", "len(train) // args.batch_size", "test_contract"),

@@ -1,4 +1,4 @@
-"""token_logprobs, sequence_logprobs and check_head against float64 autograd, loops, and transformers' own loss."""
+"""token_logprobs, sequence_logprobs and check_model against float64 autograd, loops, and transformers' own loss."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import common
 import pytest
 import torch
 import transformers
-from common import check_head, head_of, sequence_logprobs, token_logprobs
+from common import check_model, head_of, sequence_logprobs, token_logprobs
 from conftest import VOCABULARY, make_model, naive_logprobs, ragged_rows
 from sft import collate
 
@@ -283,7 +283,7 @@ def test_heads_with_soft_cap_scale_or_bias_are_reproduced(name, monkeypatch):
     if head["bias"] is not None:
         torch.nn.init.normal_(head["bias"])
     ids = ragged_rows()[0][0]
-    check_head(model, ids)  # ends the process if it does not fit
+    check_model(model, [ids])  # ends the process if it does not fit
     if name in (
         "Gemma2",
         "Cohere",
@@ -293,7 +293,7 @@ def test_heads_with_soft_cap_scale_or_bias_are_reproduced(name, monkeypatch):
         plain = {"weight": head["weight"], "bias": None, "scale": 1.0, "softcap": None}
         monkeypatch.setattr(common, "head_of", lambda model: plain)
         with pytest.raises(SystemExit):
-            check_head(model, ids)
+            check_model(model, [ids])
 
 
 def test_a_head_it_does_not_know_is_refused(model, capsys):
@@ -304,8 +304,8 @@ def test_a_head_it_does_not_know_is_refused(model, capsys):
         out.logits = out.logits * 1.01
         return out
 
-    check_head(model, ragged_rows()[0][0])
+    check_model(model, [ragged_rows()[0][0]])
     model.forward = scaled
     with pytest.raises(SystemExit) as stop:
-        check_head(model, ragged_rows()[0][0])
+        check_model(model, [ragged_rows()[0][0]])
     assert stop.value.code == 2 and "its output head" in capsys.readouterr().err
