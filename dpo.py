@@ -91,8 +91,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     if loss_type == "sigmoid":
         losses = -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)  # Eq. 7 of arXiv:2305.18290
     else:
-        margin, target = h / beta, 1 / (2 * beta)
-        # Eq. 17 of arXiv:2310.12036
+        margin, target = h / beta, 1 / (2 * beta)  # Eq. 17 of arXiv:2310.12036
         losses = p * (margin - target).square() + (1 - p) * (margin + target).square()
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
@@ -104,7 +103,7 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
     """
     for row in rows:
         mu = row.setdefault("mu", 1.0)
-        if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 <= mu <= 1:
+        if type(mu) not in (int, float) or not 0 <= mu <= 1:
             fail(f"{row['_where']}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
         if not {"chosen", "rejected"} <= set(row):
             fail(f"{row['_where']}: needs chosen and rejected; found {sorted(set(row) - {'_where', 'mu'})}")
@@ -119,8 +118,8 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
             if n == 0:
                 fail(f"{row['_where']}: no prompt column, and chosen and rejected share no beginning")
             row.update(prompt=chosen[:n], chosen=chosen[n:], rejected=rejected[n:])
-    sides = [encode(tokenizer, rows, eos_ids, max_length, completion=side) for side in ("chosen", "rejected")]
-    pairs = [(*sides, row["mu"]) for *sides, row in zip(*sides, rows) if sides[0] != sides[1]]
+    encoded = [encode(tokenizer, rows, eos_ids, max_length, side) for side in ("chosen", "rejected")]
+    pairs = [(*pair, row["mu"]) for *pair, row in zip(*encoded, rows) if pair[0] != pair[1]]
     if dropped := len(rows) - len(pairs):
         print(f"{dropped} of {len(rows)} pairs dropped: chosen and rejected are the same tokens")
     return pairs or fail(f"{rows[0]['_where']}: no pair in which chosen and rejected differ")
@@ -350,7 +349,8 @@ def main(args: Args) -> dict:
     with open(run / "metrics.jsonl") as file, open(run / "samples.jsonl") as start_samples:
         before = json.loads(file.readline())
         for row, start_row in zip(samples[:5], map(json.loads, start_samples)):
-            print(f"{row['prompt']!r}\n  before {start_row['completion']!r}\n  after  {row['completion']!r}")
+            print(f"{row['prompt'][-90:]!r}\n  before {start_row['completion'][:90]!r}")
+            print(f"  after  {row['completion'][:90]!r}")
     for name, value in after.items():
         print(f"{name:28} {before[name]:10.4f} -> {value:10.4f}")
     return {**metrics, **after}

@@ -14,8 +14,7 @@ What is done differently from the paper, and why:
 
 One CPU core, the embedded world, 15 s:  python sft.py
 One CUDA GPU, a real model and data:     python sft.py --model Qwen/Qwen2.5-0.5B --dataset trl-lib/Capybara
-    --learning-rate 2e-5 --num-train-epochs 1 --micro-batch-size 8 --max-length 2048 --output-dir
-    runs/capybara
+    --learning-rate 2e-5 --num-train-epochs 1 --micro-batch-size 8 --max-length 2048 --output-dir runs/chat
 """
 
 import json
@@ -262,7 +261,8 @@ def main(args: Args) -> dict:
     with open(run / "metrics.jsonl") as file, open(run / "samples.jsonl") as start_samples:
         before = json.loads(file.readline())
         for row, start_row in zip(samples[:5], map(json.loads, start_samples)):
-            print(f"{row['prompt']!r}\n  before {start_row['completion']!r}\n  after  {row['completion']!r}")
+            print(f"{row['prompt'][-90:]!r}\n  before {start_row['completion'][:90]!r}")
+            print(f"  after  {row['completion'][:90]!r}")
     for name, value in after.items():
         print(f"{name:28} {before[name]:10.4f} -> {value:10.4f}")
     return {**metrics, **after}

@@ -1,23 +1,22 @@
-"""What does a batch of token log-probs with gradients cost: time, memory and error, against other ways.
+"""What do token log-probs and their gradients cost: time, memory and error, beside other ways to get them.
 
     python benchmarks/logprob.py --dtype bfloat16 --output logprob.json
 
-From hidden states h (N, H), output embeddings W (V, H) and targets y (N,) to log softmax(h W^T)[y], and with
+From hidden states h (N, H), output embeddings W (V, H) and targets y (N,) to log softmax(h W^T)[y], and from
 a random upstream gradient per token, as a policy gradient or DPO has, back to h and W. The logits have a
 standard deviation of 4, and the targets are drawn from their softmax, as sampled tokens are.
 
-Time: on a CPU the CPU time of the process, which other jobs on the machine disturb little, or wall-clock time
-if there are several threads; CUDA events on a GPU. Implementations take turns, in reverse order every other
-round.
-Memory: the peak above the level before the call, and so with the log-probs, dh and dW that are its results:
-resident memory on Linux, allocated memory on a GPU. Every implementation starts without gradients.
-Error: against float64 autograd on the same values of h and W: the largest of the log-probs' in nats, and
+Time: CPU time of the process, which other jobs on the machine disturb less than wall-clock time, or the
+latter with several threads; CUDA events on a GPU. Implementations take turns, in reverse order every other
+round, and without gradients left over from before.
+Memory: the peak above the level before the call, so it includes what the call returns: log-probs, dW and dh.
+Resident memory on Linux, allocated memory on a GPU.
+Error: against float64 autograd on the same values of h and W; the largest one of the log-probs, in nats, and
 |difference| / |gradient| of dW and dh.
 """
 
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib
 import importlib.metadata
@@ -38,8 +37,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import fail, token_logprobs  # noqa: E402
 
-PLAIN, TRL, OURS = "log_softmax + gather", "TRL ChunkedLogProb", "ours, default"
-SLOW = 20.0  # seconds: what takes longer on a CPU gets a single run
+PLAIN, CAST = "log_softmax + gather", "gather on logits.float()"
+TORCH, TRL, OURS = "linear_cross_entropy", "TRL ChunkedLogProb", "ours, default"
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of h and W
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     repeats: int = 5  # timed runs of each implementation
-    threads: int = 1  # of torch, on a CPU
+    threads: int = 1  # of torch, on a CPU; more than one needs cores that nothing else uses
     seed: int = 0  # of h, W, y and the upstream gradient
     output: str = ""  # also write the table here, as JSON
 
@@ -66,7 +65,7 @@ def implementations(dtype: torch.dtype) -> dict:
     """Name to function, or to a line that says why there is none."""
     rows = {PLAIN: lambda h, W, y: pick(F.log_softmax(h @ W.T, -1), y)}
     if dtype != torch.float32:
-        rows["gather on logits.float()"] = lambda h, W, y: pick(F.log_softmax((h @ W.T).float(), -1), y)
+        rows[CAST] = lambda h, W, y: pick(F.log_softmax((h @ W.T).float(), -1), y)
 
     def gather_lse(h, W, y):
         z = h @ W.T
@@ -76,10 +75,9 @@ def implementations(dtype: torch.dtype) -> dict:
     if hasattr(F, "linear_cross_entropy"):
         # without options torch forms all logits, like the first row; with them it takes chunks of rows
         options = torch.nn.LinearCrossEntropyOptions()
-        rows["linear_cross_entropy"] = lambda h, W, y: -F.linear_cross_entropy(
-            h, W, y, reduction="none", options=options)
+        rows[TORCH] = lambda h, W, y: -F.linear_cross_entropy(h, W, y, reduction="none", options=options)
     else:
-        rows["linear_cross_entropy"] = f"not in torch {torch.__version__} (2.13 has it)"
+        rows[TORCH] = f"not in torch {torch.__version__} (2.13 has it)"
     try:
         # as `add_fused_lm_head` of its trainers calls it: 32768 columns a tile, and only log-probs asked for
         kernel = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
@@ -101,18 +99,15 @@ def version(package: str) -> str | None:
 
 
 def inputs(args: Args, device: str):
-    """(h, W, y, upstream gradient), all from one generator on the CPU, so the same on every device."""
-    generator = torch.Generator().manual_seed(args.seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    """(h, W, y, upstream gradient)."""
+    torch.manual_seed(args.seed)
+    normal = lambda *shape: torch.randn(*shape, device=device)
     dtype = getattr(torch, args.dtype)
     h = normal(args.tokens, args.hidden).to(dtype)
     W = (normal(args.vocabulary, args.hidden) * 4 / args.hidden**0.5).to(dtype)
-    g = normal(args.tokens)
-    h, W, y = h.to(device), W.to(device), []
-    for chunk in h.split(256):  # y ~ softmax(z) = argmax of z + Gumbel noise
-        z = chunk.float() @ W.float().T
-        y.append((z - normal(*z.shape).exponential_(generator=generator).log_().to(device)).argmax(-1))
-    return h.requires_grad_(), W.requires_grad_(), torch.cat(y), g.to(device)
+    p = (torch.softmax(rows.float() @ W.float().T, -1) for rows in h.split(256))
+    y = torch.cat([torch.multinomial(rows, 1).squeeze(-1) for rows in p])
+    return h.requires_grad_(), W.requires_grad_(), y, normal(args.tokens)
 
 
 def reference(h, W, y, g):
@@ -127,26 +122,23 @@ def reference(h, W, y, g):
     return torch.cat(logprobs), W64.grad, torch.cat(d_hidden)
 
 
-def clock(device: str, threads: int):
-    """A context manager whose value holds the seconds spent inside, once it is left."""
+def stopwatch(device: str, threads: int):
+    """A function that runs a function and returns (its result, seconds)."""
 
-    @contextlib.contextmanager
-    def cuda():
-        start, end, seconds = (torch.cuda.Event(enable_timing=True) for _ in "se"), None, []
-        start, end = start
+    def cuda(run):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        yield seconds
+        result = run()
         end.record()
         torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
+        return result, start.elapsed_time(end) / 1e3
 
-    @contextlib.contextmanager
-    def cpu():
-        now, seconds = time.process_time if threads == 1 else time.perf_counter, []
+    def cpu(run):
+        now = time.process_time if threads == 1 else time.perf_counter
         start = now()
-        yield seconds
-        seconds.append(now() - start)
+        result = run()
+        return result, now() - start
 
     return cuda if device == "cuda" else cpu
 
@@ -157,39 +149,28 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
 
 
-class Peak:
-    """`with Peak(device) as peak`: peak.bytes is then the peak above the start, None if unknown here."""
-
-    def __init__(self, device: str):
-        self.cuda, self.bytes = device == "cuda", None
-
-    def __enter__(self):
-        gc.collect()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-            return self
-        try:
-            ctypes.CDLL(None).malloc_trim(0)  # else memory freed before, but not given back, would hide a peak
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            self.start = resident("VmRSS")
-        except (OSError, AttributeError, TypeError):  # not Linux with glibc
-            self.start = None
-        return self
-
-    def __exit__(self, *_):
-        if self.cuda:
-            self.bytes = torch.cuda.max_memory_allocated() - self.start
-        elif self.start is not None:
-            self.bytes = resident("VmHWM") - self.start
+def peak(device: str, run):
+    """(result of `run`, bytes of its peak above the level before, or None where nothing tells them)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return run(), torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed but not given back would be used again, unseen
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = resident("VmRSS")
+    except (OSError, AttributeError, TypeError):  # not Linux, or another C library than glibc
+        return run(), None
+    return run(), resident("VmHWM") - before
 
 
 def measure(args: Args, device: str) -> list[dict]:
     """One row of figures for each implementation."""
     h, W, y, g = inputs(args, device)
-    truth, timer = reference(h, W, y, g), clock(device, args.threads)
-    table, timed = {}, {}
+    truth, timed = reference(h, W, y, g), stopwatch(device, args.threads)
+    table, functions = {}, {}
 
     def full(function):
         logprobs = function(h, W, y)
@@ -200,75 +181,79 @@ def measure(args: Args, device: str) -> list[dict]:
             return function(h, W, y)
 
     for name, function in implementations(h.dtype).items():
-        row = table[name] = {"implementation": name, "note": "", "full": [], "forward": []}
+        row = table[name] = {"implementation": name, "note": "", "full_s": [], "forward_s": []}
         if not callable(function):
             row["note"] = function
             continue
-        function(h[:64], W, y[:64]).sum().backward()  # what is imported, compiled or allocated only once
-        h.grad = W.grad = None
         try:
-            with Peak(device) as peak, timer() as seconds:  # and the warm-up at full size
-                result = full(function)
-            row["bytes"] = peak.bytes
-        except torch.OutOfMemoryError:
-            row["note"] = "out of memory"
+            function(h[:64], W, y[:64]).sum().backward()  # what is imported, compiled or allocated only once
+            h.grad = W.grad = None
+            (result, seconds), row["bytes"] = peak(device, lambda f=function: timed(lambda: full(f)))
+        except (ImportError, torch.OutOfMemoryError) as error:
+            row["note"] = f"failed: {str(error).splitlines()[0]}"
             continue
-        error = lambda x, want: ((x - want).norm() / want.norm()).item()  # float64, as `want` is
+        relative = lambda x, want: ((x - want).norm() / want.norm()).item()  # in float64, as `want` is
         row["logprob_error"] = (result[0] - truth[0]).abs().max().item()
-        row["dW_error"], row["dh_error"] = map(error, result[1:], truth[1:])
+        row["dW_error"], row["dh_error"] = map(relative, result[1:], truth[1:])
         del result
-        if device == "cpu" and seconds[0] > SLOW:
-            row["note"] = "slow: a single run"
-            row["full"] = seconds
-            with timer() as row["forward"]:
-                forward(function)
+        if device == "cpu" and name == TORCH:  # slow there, and in the table for its memory
+            row.update(note="1 run", full_s=[seconds], forward_s=[timed(lambda f=function: forward(f))[1]])
         else:
-            timed[name] = function
+            functions[name] = function  # its first run at full size was the warm-up
     for turn in range(args.repeats):
-        for name in list(timed)[:: -1 if turn % 2 else 1]:
-            for kind, run in (("full", full), ("forward", forward)):
-                with timer() as seconds:
-                    run(timed[name])
-                table[name][kind] += seconds
+        for name in list(functions)[:: -1 if turn % 2 else 1]:
+            for key, run in (("full_s", full), ("forward_s", forward)):
+                table[name][key].append(timed(lambda name=name, run=run: run(functions[name]))[1])
     return list(table.values())
 
 
 # ---- Report ----
 
 
-def ratio(rows: dict, key: str, name: str, base: str) -> float:
-    """Figure of `name` / figure of `base`, medians of times; NaN if one of them is missing."""
-    values = [rows[x].get(key) for x in (name, base)]
-    values = [statistics.median(x) if x and isinstance(x, list) else x for x in values]
-    return values[0] / values[1] if all(values) else float("nan")
+def figure(row: dict, key: str):
+    """A row's number, the median of several; None if there is none."""
+    value = row.get(key)
+    return (statistics.median(value) if value else None) if isinstance(value, list) else value
+
+
+def ratio(rows: dict, key: str, name: str, base: str):
+    top, bottom = (figure(rows[x], key) for x in (name, base))
+    return None if top is None or not bottom else top / bottom
+
+
+def form(x: float | None, spec: str) -> str:
+    """As format(x, spec), or "-" in a column of that width."""
+    return format("-", ">" + spec.split(".")[0]) if x is None else format(x, spec)
 
 
 def report(rows: dict) -> None:
-    number = lambda x, form: "-" if x is None or x != x else format(x, form)
-    print(f"{'':25}{'forward + backward':^34}|{'forward':^8}|{'peak extra memory':^24}|{'error':^26}\n"
-          f"{'':25}{'ms':>7}{'min':>7}{'/gather':>10}{'/TRL':>7}   |{'ms':>6}  |{'MiB':>7}{'/gather':>10}"
-          f"{'/TRL':>6} |{'log-prob':>9}{'dW':>8}{'dh':>8}")
+    print(f"{'':25}|{'forward + backward, ms':^32}|{'forward':^9}|{'peak extra memory':^25}|{'error':^26}\n"
+          f"{'':25}|{'median':>8}{'min':>7}{'/gather':>10}{'/TRL':>6} |{'ms':>7}  |{'MiB':>8}{'/gather':>10}"
+          f"{'/TRL':>6} |{'log-prob':>9} {'dW':>7} {'dh':>7}")
     for name, row in rows.items():
-        if not row["full"]:
-            print(f"{name:25}{row['note']}")
+        if not row["full_s"]:
+            print(f"{name:25}| {row['note']}")
             continue
-        ms = [1e3 * f(row[kind]) for kind, f in
-              (("full", statistics.median), ("full", min), ("forward", statistics.median))]
-        figures = [ratio(rows, key, name, base) for key in ("full", "bytes") for base in (PLAIN, TRL)]
+        ms, least, forward = figure(row, "full_s"), min(row["full_s"]), figure(row, "forward_s")
+        time_ratios, memory_ratios = ([ratio(rows, key, name, base) for base in (PLAIN, TRL)]
+                                      for key in ("full_s", "bytes"))
         mib = None if row["bytes"] is None else row["bytes"] / 2**20
-        print(f"{name:25}{ms[0]:7.0f}{ms[1]:7.0f}{number(figures[0], '10.2f'):>10}{number(figures[1], '7.2f'):>7}"
-              f"   |{ms[2]:6.0f}  |{number(mib, '7.0f'):>7}{number(figures[2], '10.2f'):>10}"
-              f"{number(figures[3], '6.2f'):>6} |{row['logprob_error']:9.1e}{row['dW_error']:8.1e}"
-              f"{row['dh_error']:8.1e}  {row['note']}")
+        pair = lambda x: form(x[0], "10.2f") + form(x[1], "6.2f")
+        print(f"{name:25}|{1e3 * ms:8.1f}{1e3 * least:7.0f}{pair(time_ratios)} |{1e3 * forward:7.1f}  "
+              f"|{form(mib, '8.1f')}{pair(memory_ratios)} |{row['logprob_error']:9.1e} "
+              f"{row['dW_error']:7.1e} {row['dh_error']:7.1e} {row['note']}".rstrip())
 
 
 def checks(rows: dict) -> list[str]:
-    """The targets, beside what was measured. Speed against TRL is TRL's time / ours."""
-    memory = lambda base: ratio(rows, "bytes", OURS, base)
-    return [f"default vs TRL: time ratio {ratio(rows, 'full', TRL, OURS):.2f} (target >= 2.5), "
-            f"memory ratio {memory(TRL):.2f} (target <= 0.2)",
-            f"default vs plain gather: time ratio {ratio(rows, 'full', OURS, PLAIN):.2f} (target <= 1.0), "
-            f"memory ratio {memory(PLAIN):.2f} (target <= 0.5)"]
+    """The targets beside what was measured."""
+    text = lambda *x: form(ratio(rows, *x), ".2f")
+    lines = [f"default vs TRL: time ratio {text('full_s', TRL, OURS)} (TRL / default, target >= 2.5), "
+             f"memory ratio {text('bytes', OURS, TRL)} (default / TRL, target <= 0.2)"]
+    for base, name in ((PLAIN, "plain gather"), (CAST, CAST)):
+        if base in rows:
+            lines += [f"default vs {name}: time ratio {text('full_s', OURS, base)} (target <= 1.0), "
+                      f"memory ratio {text('bytes', OURS, base)} (target <= 0.5)"]
+    return lines
 
 
 def hardware(device: str) -> dict:
@@ -288,9 +273,9 @@ def main(args: Args) -> dict:
         fail("--device cuda: this torch sees no GPU")
     torch.set_num_threads(args.threads)
     machine, versions = hardware(device), {x: version(x) for x in ("torch", "transformers", "trl")}
-    print(f"N {args.tokens}, H {args.hidden}, V {args.vocabulary}, {args.dtype} on {machine.get('gpu', machine['cpu'])} "
-          f"({machine['cores']} cores, {args.threads} threads), "
-          + ", ".join(f"{k} {v or '-'}" for k, v in versions.items()), flush=True)
+    print(f"N {args.tokens}, H {args.hidden}, V {args.vocabulary}, {args.dtype}, {device}: "
+          f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, threads {args.threads}; "
+          + ", ".join(f"{name} {number or '-'}" for name, number in versions.items()), flush=True)
     rows = {row["implementation"]: row for row in measure(args, device)}
     report(rows)
     print(*(lines := checks(rows)), sep="\n")
