@@ -7,6 +7,7 @@ size, V vocabulary. Log-probs, entropies and KL are in nats and in fp32 whatever
 
 import contextlib
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 
-KEEP_BYTES = 8 << 30  # up to here token_logprobs keeps its log-probs for the backward pass
+KEEP_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # token_logprobs keeps up to so much for the backward pass
 
 
 def fail(message: str) -> NoReturn:
@@ -39,12 +40,20 @@ def head_of(model) -> dict:
     return {"weight": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
 
 
+def _autocast(*operands):
+    """The operands in the dtype in which the model's own head would multiply them."""
+    device = operands[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return [x.to(dtype or x.dtype) for x in operands]
+
+
 def _logits(hidden, weight, bias, scale, softcap, temperature):
     """z = softcap tanh(scale (h W^T + b) / softcap) / temperature: (rows, V), fp32 from any dtype."""
-    if hidden.is_cuda and hidden.element_size() == 2:
+    if hidden.is_cuda and weight.element_size() == 2:
         z = torch.mm(hidden, weight.T, out_dtype=torch.float32)  # tensor cores, and never a logit in 16 bits
     else:
-        z = hidden.to(weight.dtype) @ weight.T
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z += bias
     if scale != 1.0:
@@ -63,7 +72,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, softcap, temperature, entropy, hits, rows, keep):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        half = hidden.is_cuda and hidden.dtype != dtype  # 16-bit operands, fp32 products
+        half = hidden.is_cuda and hidden.dtype == weight.dtype != dtype  # 16-bit operands, fp32 products
         W, kept = weight if half else weight.to(dtype), []
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         normalizer, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
@@ -124,10 +133,10 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
                    entropy=False, hits=False, rows=None, keep=None):
     """log pi(y_n | h_n) = z_y - logsumexp(z), z = softcap tanh(scale (h W^T + b) / softcap) / temperature.
 
-    Never holds the (N, V) logits at once but `rows` of them, in fp32 from operands of any dtype, so 16-bit
-    weights cost the log-probs no precision. Differentiable in hidden, weight and bias under any upstream
-    gradient per token: a loss stays plain mathematics on the result. For the backward pass the log-probs are
-    kept (`keep`: 3 matrix products), by default up to KEEP_BYTES, or else recomputed (4 products).
+    Computes the logits `rows` at a time, in fp32 from operands of any dtype, so 16-bit weights cost the
+    log-probs no precision. Differentiable in hidden, weight and bias under any upstream gradient per token: a
+    loss stays plain mathematics on the result. For the backward pass one copy of the log-probs is kept
+    (`keep`: 3 matrix products), by default up to KEEP_BYTES; else they are recomputed (4), never all held.
 
     Args:
         hidden: (N, H) last hidden states, those that predict the targets. targets: (N,) token ids.
@@ -145,11 +154,11 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # as the model's own head would
-        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+    hidden, weight = _autocast(hidden, weight)
     rows = rows or (2048 if hidden.is_cuda else 128)  # large products on a GPU, chunks in cache on a CPU
     if keep is None:
-        keep = len(hidden) * len(weight) * (hidden.element_size() if hidden.is_cuda else 4) <= KEEP_BYTES
+        size = len(hidden) * len(weight) * (hidden.element_size() if hidden.is_cuda else 4)
+        keep = size <= KEEP_BYTES.get(device, 0)
     keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         logprobs, *extras = _TokenLogprobs.apply(
@@ -181,6 +190,9 @@ def check_model(model, rows: list[list[int]]) -> None:
     longest, positions = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
     if positions and longest > positions:
         fail(f"--max-length: rows have up to {longest} tokens, the model {positions} positions: lower it")
+    largest, vocabulary = max(map(max, rows)), len(model.get_input_embeddings().weight)
+    if largest >= vocabulary:
+        fail(f"--model: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
     ids = torch.tensor(rows[:1], device=model.device)  # (1, T)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     want = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -221,11 +233,11 @@ def exact_kl(hidden, head: dict, ref_hidden, ref_head: dict, temperature=1.0, ro
     Args: hidden (N, H) and ref_hidden (N, H') with their heads from `head_of`. No gradient: a metric, or a
     test.
     """
-    result = []
-    for pair in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
-        p, q = (torch.log_softmax(_logits(h, **h_head, temperature=temperature).float(), -1)
-                for h, h_head in zip(pair, (head, ref_head)))
-        result.append((p.exp() * (p - q)).nan_to_num(0.0).sum(-1))
+    result, heads = [], [{**h, "temperature": temperature} for h in (head, ref_head)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        for pair in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
+            p, q = (torch.log_softmax(_logits(h, **options), -1) for h, options in zip(pair, heads))
+            result.append((p.exp() * (p - q)).nan_to_num(0.0).sum(-1))
     return torch.cat(result)
 
 
@@ -261,7 +273,7 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[i
     model.eval()  # activation checkpointing, which is for training mode, would leave the cache empty
     noise = torch.rand(B, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     noise, stop = noise.to(device), torch.tensor(eos_ids, device=device)
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    tokens, head = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device), head_of(model)
     logprobs, lengths = torch.zeros(tokens.shape, device=device), tokens.new_zeros(B)
     for first in range(0, B, batch_size):
         rows = prompts[first : first + batch_size]
@@ -271,10 +283,12 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[i
         alive, cache = torch.ones(len(rows), dtype=torch.bool, device=device), None
         for t in range(max_new_tokens):
             position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                        use_cache=True, logits_to_keep=1)
-            logp = torch.log_softmax(out.logits[:, -1].float() / (temperature or 1.0), -1)  # (rows, V)
-            cache = out.past_key_values
+            out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=position,
+                                   past_key_values=cache, use_cache=True)
+            hidden, head["weight"] = _autocast(out.last_hidden_state[:, -1], head["weight"])
+            with torch.autocast(device.type, enabled=False):  # fp32 logits, as in scoring
+                z = _logits(hidden, **head, temperature=temperature or 1.0)
+            logp, cache = torch.log_softmax(z, -1), out.past_key_values  # (rows, V)
             if temperature == 0:
                 token = logp.argmax(-1)
             else:  # invert the cumulative distribution, in double precision
@@ -342,8 +356,13 @@ def split_rows(dataset: str, eval_dataset: str) -> tuple[list[dict], list[dict]]
     own = [str(file.with_name(name)) for name in names if name != file.name and file.with_name(name).exists()]
     if eval_dataset or own:
         return rows, read_rows(eval_dataset or own[0], "test")
-    columns = ("prompt", "messages", "chosen", "text")
-    keys = [next((str(row[name]) for name in columns if name in row), "") for row in rows]
+    keys = []
+    for row in rows:  # what precedes the first answer
+        key = next((row[name] for name in ("prompt", "messages", "chosen", "text") if name in row), "")
+        if isinstance(key, list):
+            roles = [message.get("role") if isinstance(message, dict) else None for message in key]
+            key = key[: roles.index("assistant")] if "assistant" in roles else key
+        keys.append(str(key).split("\n\nAssistant:")[0])
     held_out = set(list(dict.fromkeys(keys))[::20])
     if len(set(keys)) < 2:
         fail(f"{dataset}: a single prompt, so none can be held out: pass --eval-dataset")
@@ -429,11 +448,24 @@ def encode(tokenizer, rows: list[dict], eos_ids: list[int], max_length: int, com
             fail(f"{row['_where']}: has no token to train on")
         result.append((ids, trained))
     if cut:
-        print(f"{cut} of {len(rows)} rows from {rows[0]['_where']} on cut to --max-length {max_length}")
+        file = rows[0]["_where"].rpartition(":")[0]
+        print(f"{cut} of {len(rows)} rows of {file} were cut to --max-length {max_length}")
     return result
 
 
 # ---- Runs ----
+
+
+def check_flags(args) -> None:
+    """Refuse numbers that are negative, infinite or NaN, most zeros, uneven micro-batches, a missing device."""
+    zero = "seed learning_rate warmup_steps weight_decay label_smoothing eval_every save_every".split()
+    for name, value in asdict(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in zero):
+            fail(f"--{name.replace('_', '-')} is {value}: out of range")
+    if args.batch_size % args.micro_batch_size:
+        fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no CUDA device")
 
 
 def open_run(args):

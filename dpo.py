@@ -10,12 +10,12 @@ What is done differently from the paper, and why:
 1. Soft labels: mu is the share of votes for `chosen`, 0.5 a tie; label smoothing moves it towards 0.5 (cDPO).
 2. The reference is the start itself, so its log-probs are computed once, before the first step: no second
    model.
-3. IPO (arXiv:2310.12036) is --loss-type ipo, on summed log-probs as in its paper, where TRL averages them.
+3. IPO (arXiv:2310.12036) is --loss-type ipo, on summed log-probs as in its Eq. 17; TRL averages them.
 4. AdamW with linear warm-up and decay, for RMSprop at a constant rate.
 
 One CPU core, the embedded world, 35 s:  python dpo.py
 One CUDA GPU, a real model and data:     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --beta 0.1
-    --dataset trl-lib/ultrafeedback_binarized --learning-rate 5e-7 --micro-batch-size 4 --output-dir runs/uf
+    --dataset trl-lib/ultrafeedback_binarized --learning-rate 5e-7 --micro-batch-size 4 --max-length 8192
 """
 
 import json
@@ -38,7 +38,8 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    check_model, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs, split_rows)
+    check_flags, check_model, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs,
+    split_rows)
 
 
 @dataclass
@@ -111,7 +112,7 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
             chosen, rejected, marker = row["chosen"], row["rejected"], "\n\nAssistant:"
             if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
                 fail(f"{row['_where']}: chosen and rejected must both be text, or both lists of messages")
-            n = min(len(chosen), len(rejected))  # characters, or messages
+            n = min(len(chosen), len(rejected)) - isinstance(chosen, list)  # of messages all but the last
             n = next((i for i in range(n) if chosen[i] != rejected[i]), n)
             if isinstance(chosen, str):
                 n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0
@@ -168,8 +169,9 @@ def load_model(args, device):
     eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
     if not eos_ids:
         fail(f"--model {name}: neither its tokenizer nor its generation_config names an EOS token")
-    if args.gradient_checkpointing:  # renamed in transformers 5.23
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if args.gradient_checkpointing:
+        new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        getattr(model, new if hasattr(model, new) else old)()  # the name since transformers 5.23, or before
     if device.type == "cpu" and model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # on matrices this small, threads wait longer than they work
     return model.to(device).train(), tokenizer, eos_ids
@@ -191,8 +193,9 @@ def save_model(run, args, model, tokenizer, eos_ids, seconds):
 
 def complete(model, tokenizer, prompts, eos_ids, args):
     """(metrics, rows of samples.jsonl): a completion a prompt, at temperature 1 with the noise of --seed."""
-    room = getattr(model.config, "max_position_embeddings", 1 << 30) - max(map(len, prompts))
-    tokens, _, lengths = sample(model, prompts, min(args.max_new_tokens, room), eos_ids, seed=args.seed)
+    room = getattr(model.config, "max_position_embeddings", 1 << 30) - args.max_new_tokens
+    prompts = [ids for ids in prompts if len(ids) <= room] or [min(prompts, key=len)[: max(room, 1)]]
+    tokens, _, lengths = sample(model, prompts, args.max_new_tokens, eos_ids, seed=args.seed)
     completions = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     metrics = {"completions/mean_length": sum(map(len, completions)) / len(completions),
                "completions/eos_rate": sum(row[-1] in eos_ids for row in completions) / len(completions)}
@@ -205,7 +208,7 @@ def reference_logps(model, pairs, args, autocast):
     """log pi_ref(y|x) of chosen and rejected: (len(pairs), 2), on the CPU."""
     result = []
     with autocast():
-        for i in range(0, len(pairs), args.micro_batch_size):
+        for i in tqdm(range(0, len(pairs), args.micro_batch_size), desc="reference", disable=None):
             input_ids, trained, _ = collate(pairs[i : i + args.micro_batch_size], model.device)
             result.append(sequence_logprobs(model, input_ids, trained).sum(1).view(2, -1).T.cpu())
     return torch.cat(result)
@@ -246,16 +249,9 @@ def evaluate(model, tokenizer, pairs, ref_logps, eos_ids, args, autocast):
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
     start = time.time()
-    positive = ("num_train_epochs", "micro_batch_size", "max_length", "eval_samples", "max_new_tokens")
-    for name in (*positive, "learning_rate", "warmup_steps", "eval_every", "save_every"):
-        if getattr(args, name) < (name in positive):
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: too small")
-    if args.beta <= 0 or not 0 <= args.label_smoothing <= 0.5:
-        fail(f"--beta {args.beta} must be above 0, --label-smoothing {args.label_smoothing} from 0 to 0.5")
-    if args.batch_size < 1 or args.batch_size % args.micro_batch_size:
-        fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch finds no CUDA device")
+    check_flags(args)
+    if args.label_smoothing > 0.5:
+        fail(f"--label-smoothing is {args.label_smoothing}: at most 0.5")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
@@ -267,9 +263,9 @@ def main(args: Args) -> dict:
             raise SystemExit(code)
 
     # 2. model, data, optimizer
+    rows = split_rows(args.dataset, args.eval_dataset)
     model, tokenizer, eos_ids = load_model(args, device)
-    train, held_out = (load_pairs(tokenizer, rows, eos_ids, args.max_length)
-                       for rows in split_rows(args.dataset, args.eval_dataset))
+    train, held_out = (load_pairs(tokenizer, part, eos_ids, args.max_length) for part in rows)
     check_model(model, [ids for pair in train + held_out for ids, _ in pair[:2]])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)

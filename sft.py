@@ -34,7 +34,8 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    check_model, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs, split_rows)
+    check_flags, check_model, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs,
+    split_rows)
 
 
 @dataclass
@@ -115,8 +116,9 @@ def load_model(args, device):
     eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
     if not eos_ids:
         fail(f"--model {name}: neither its tokenizer nor its generation_config names an EOS token")
-    if args.gradient_checkpointing:  # renamed in transformers 5.23
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if args.gradient_checkpointing:
+        new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        getattr(model, new if hasattr(model, new) else old)()  # the name since transformers 5.23, or before
     if device.type == "cpu" and model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # on matrices this small, threads wait longer than they work
     return model.to(device).train(), tokenizer, eos_ids
@@ -138,8 +140,9 @@ def save_model(run, args, model, tokenizer, eos_ids, seconds):
 
 def complete(model, tokenizer, prompts, eos_ids, args):
     """(metrics, rows of samples.jsonl): a completion a prompt, at temperature 1 with the noise of --seed."""
-    room = getattr(model.config, "max_position_embeddings", 1 << 30) - max(map(len, prompts))
-    tokens, _, lengths = sample(model, prompts, min(args.max_new_tokens, room), eos_ids, seed=args.seed)
+    room = getattr(model.config, "max_position_embeddings", 1 << 30) - args.max_new_tokens
+    prompts = [ids for ids in prompts if len(ids) <= room] or [min(prompts, key=len)[: max(room, 1)]]
+    tokens, _, lengths = sample(model, prompts, args.max_new_tokens, eos_ids, seed=args.seed)
     completions = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     metrics = {"completions/mean_length": sum(map(len, completions)) / len(completions),
                "completions/eos_rate": sum(row[-1] in eos_ids for row in completions) / len(completions)}
@@ -165,14 +168,7 @@ def evaluate(model, tokenizer, rows, eos_ids, args, autocast):
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
     start = time.time()
-    positive = ("num_train_epochs", "micro_batch_size", "max_length", "eval_samples", "max_new_tokens")
-    for name in (*positive, "learning_rate", "warmup_steps", "eval_every", "save_every"):
-        if getattr(args, name) < (name in positive):
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: too small")
-    if args.batch_size < 1 or args.batch_size % args.micro_batch_size:
-        fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch finds no CUDA device")
+    check_flags(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
@@ -180,9 +176,9 @@ def main(args: Args) -> dict:
     log = make_logger(run, args)
 
     # 2. model, data, optimizer
+    rows = split_rows(args.dataset, args.eval_dataset)
     model, tokenizer, eos_ids = load_model(args, device)
-    train, held_out = (encode(tokenizer, rows, eos_ids, args.max_length)
-                       for rows in split_rows(args.dataset, args.eval_dataset))
+    train, held_out = (encode(tokenizer, part, eos_ids, args.max_length) for part in rows)
     check_model(model, [ids for ids, _ in train + held_out])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)

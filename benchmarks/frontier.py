@@ -57,13 +57,14 @@ def tilted(rewards: torch.Tensor, beta: float) -> tuple[float, float, float]:
     return reward.mean().item(), kl.mean().item(), (1 / w.square().sum(1)).mean().item()
 
 
-def frontier_at(rewards: torch.Tensor, kl: float) -> tuple[float, float]:
-    """(the largest reward at this KL, the beta that attains it): bisection, since the KL falls with beta."""
+def frontier_at(rewards: torch.Tensor, kl: float) -> tuple[float, float, float]:
+    """(the largest reward at this KL, its ESS, its beta), by bisection, since the KL falls with beta."""
     low, high = 1e-3, 1e4
     for _ in range(80):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if tilted(rewards, middle)[1] > kl else (low, middle)
-    return tilted(rewards, high)[0], high
+    best, _, ess = tilted(rewards, high)
+    return best, ess, high
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def main(args: Args) -> dict:
     spec = importlib.util.spec_from_file_location("reward", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    reward = getattr(module, name)
+    reward = getattr(module, name, None) or fail(f"--reward {args.reward}: {path} defines no {name}")
 
     def load(folder):
         if not Path(folder).is_dir():
@@ -124,15 +125,18 @@ def main(args: Args) -> dict:
         groups = zip(ids, tokens.split(args.policy_samples), lengths.split(args.policy_samples))
         kls = torch.cat([kl_to(policy, reference, *group) for group in groups])
         kl, mean = kls.mean().item(), rewards.mean().item()
-        best, beta = frontier_at(ref_rewards, kl)
+        best, ess, beta = frontier_at(ref_rewards, kl)
         se = lambda x: (x.std() / math.sqrt(x.numel())).item()
-        fraction = (mean - start) / (best - start)
-        result["policies"][folder] = {"reward": mean, "reward_se": se(rewards), "kl": kl, "kl_se": se(kls),
-                                      "frontier": best, "frontier_beta": beta, "fraction": fraction,
-                                      "mean_length": lengths.double().mean().item()}
+        scale = best - start if kl > 3 * se(kls) else math.nan  # a policy at its reference has no fraction
+        fraction, error = (mean - start) / scale, se(rewards) / scale
+        length = lengths.double().mean().item()
+        result["policies"][folder] = {
+            "reward": mean, "reward_se": se(rewards), "kl": kl, "kl_se": se(kls), "frontier": best,
+            "ess": ess, "frontier_beta": beta, "fraction": fraction, "fraction_se": error,
+            "mean_length": length}
         print(f"{folder}: gold reward {mean:.3f} +- {se(rewards):.3f} at KL {kl:.3f} +- {se(kls):.3f} nats, "
-              f"{lengths.double().mean():.1f} tokens; the optimum there has {best:.3f} (beta {beta:.2f}): "
-              f"fraction of the exact optimum {fraction:.3f}")
+              f"{length:.1f} tokens; the optimum there has {best:.3f} (beta {beta:.2f}, ESS {ess:.0f}): "
+              f"fraction of the exact optimum {fraction:.3f} +- {error:.3f}")
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     return result

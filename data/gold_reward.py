@@ -20,12 +20,11 @@ BOOSTERS = {"very": 1.5, "slightly": 0.5}
 def gold_reward(prompts: list[str], completions: list[str], **columns) -> list[float]:
     """r(x, y) = 4 tanh(S / 4) - penalties, with S the sum of word values, each times the booster before it.
 
-    The tanh saturates: beyond |S| of about 6 more praise earns next to nothing. Penalties, which the
-    demonstrations
-    never earn by design or almost never by chance: 2 for a response without its final full stop (it never
-    ended), 1.5 for one that does not name the prompt's aspect, 1 for each word that repeats its neighbour,
-    and 1 for each time a sentiment word is said a third time or more. A reward model trained on the
-    demonstrations' distribution cannot see the last two, so hacking them shows.
+    The tanh saturates: beyond |S| of about 6 more praise earns next to nothing. The penalties, which the
+    demonstrations earn never or almost never: 2 for a response without its final full stop (it never ended),
+    1.5 for one that does not name the prompt's aspect, 1 for each word that repeats its neighbour, and 1 for
+    each time a sentiment word is said a third time or more. A reward model trained on the demonstrations'
+    distribution cannot see the last two, so hacking them shows.
     """
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):

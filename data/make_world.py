@@ -5,11 +5,10 @@
 Reviews. A prompt names one aspect of a film ("review of the acting :"), a response is drawn from a small
 grammar whose probability is known exactly, so the entropy of the demonstrations is known exactly too
 (`entropy`). Preferences come from the gold reward r of gold_reward.py through Bradley-Terry, P(a beats b) =
-sigma(r(a) - r(b)), on two responses
-drawn from the same grammar: a pair is judged by two independent voters, `chosen` is the one both prefer with
-mu = 1, or either one with mu = 0.5 where they disagree. So E[mu] is exactly the Bradley-Terry probability:
-ties carry no bias. Rankings of four are drawn from Plackett-Luce (sorting r + Gumbel noise), tied where two
-noisy scores round to the same quarter.
+sigma(r(a) - r(b)), on two responses drawn from the same grammar: a pair is judged by two independent voters,
+`chosen` is the one both prefer with mu = 1, or either one with mu = 0.5 where they disagree. So E[mu] is
+exactly the Bradley-Terry probability: ties carry no bias. Rankings of four are drawn from Plackett-Luce
+(sorting r + Gumbel noise), tied where two noisy scores fall into the same quarter.
 
 Sums. "12 + 7 =" with demonstrations that are mostly wrong: right 0.3, one too many 0.4 (the misconception),
 slips 0.3.

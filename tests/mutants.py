@@ -29,7 +29,7 @@ MUTANTS = [
     ("exact KL of ref from pi", "common.py", "(p.exp() * (p - q))", "(q.exp() * (q - p))", "test_statistics"),
     ("mask by multiplication", "common.py", "return torch.where(mask, x, 0.0).sum()", "return (x * mask).sum()", "test_statistics"),
     ("whitening lets padding in", "common.py", "    x = torch.where(mask, x, 0.0)\n    mean = masked_mean(x, mask)", "    mean = x.mean()", "test_statistics"),
-    ("sampling ignores the temperature", "common.py", ".float() / (temperature or 1.0)", ".float()", "test_sampling"),
+    ("sampling ignores the temperature", "common.py", "temperature=temperature or 1.0)", "temperature=1.0)", "test_sampling"),
     ("left padding without position ids", "common.py", "position_ids=position, ", "", "test_sampling"),
     ("left padding without attention mask", "common.py", "attention_mask=mask, ", "", "test_sampling"),
     ("top-k in the sampler", "common.py", "cdf = logp.double().exp()", "cdf = logp.where(logp >= logp.topk(5)[0][:, -1:], -1e9).double().exp()", "test_sampling"),

@@ -801,7 +801,7 @@ def test_wandb_gets_what_the_file_gets(go, monkeypatch):
 # ---- 7. The house ----
 
 BUDGETS = {"bandit_bt": 320, "sft": 300, "reward_model": 360, "dpo": 360, "grpo": 420, "ppo": 500,
-           "common": 500}
+           "common": 535}
 SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 HOUSE = [stem for stem in SOURCES if stem != "common"]
 BY_DESIGN = {"main", "evaluate", "collate", "Args"}  # the same name in every script, and not the same code

@@ -296,6 +296,13 @@ def test_heads_with_soft_cap_scale_or_bias_are_reproduced(name, monkeypatch):
             check_model(model, [ids])
 
 
+def test_ids_beyond_the_embeddings_and_rows_beyond_the_positions_are_refused(model, capsys):
+    for row, message in (([1, 5, VOCABULARY], "token id 97"), ([1] * 65, "64 positions")):
+        with pytest.raises(SystemExit):
+            check_model(model, [[1, 2, 3], row])
+        assert message in capsys.readouterr().err
+
+
 def test_a_head_it_does_not_know_is_refused(model, capsys):
     forward = model.forward
 

@@ -37,6 +37,20 @@ def test_logprobs_of_the_sampler_equal_those_of_the_training_forward(model, temp
         assert (logprobs[i, length:] == 0).all() and (tokens[i, length:] == 0).all()
 
 
+@pytest.mark.parametrize("weights, autocast", [("float32", True), ("bfloat16", False)])
+def test_in_16_bit_the_sampler_and_scoring_round_alike(model, weights, autocast):
+    """One unpadded prompt and one new token, so that only the head differs: fp32 products in both, to 1e-4. The
+    model's own head would round its logits to bf16, 0.03 nats off."""
+    model = model.to(getattr(torch, weights))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens, logprobs, _ = sample(model, [PROMPTS[1]], 1, [2], seed=1)
+        row = PROMPTS[1] + tokens[0].tolist()
+        mask = torch.arange(len(row))[None] >= len(row) - 1
+        again = sequence_logprobs(model, torch.tensor([row]), mask)[0, -1]
+    assert logprobs.dtype == again.dtype == torch.float32
+    assert (logprobs[0, 0] - again).abs() < 0.01
+
+
 def test_greedy_output_is_that_of_generate(model):
     tokens, _, lengths = sample(model, PROMPTS, 12, [2], temperature=0)
     for prompt, got in zip(PROMPTS, completions(tokens, lengths)):

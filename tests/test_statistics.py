@@ -89,6 +89,18 @@ def test_exact_kl_equals_enumeration(model):
     assert exact_kl(hidden[0], head_of(model), hidden[0], head_of(model)).abs().max() == 0
 
 
+def test_exact_kl_is_fp32_whatever_the_weights_and_the_autocast():
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = torch.randn(2, 9, 16, generator=generator).bfloat16()
+    weight = 3 * torch.randn(40, 16, generator=generator).bfloat16()
+    head = {"weight": weight, "bias": None, "scale": 1.0, "softcap": None}
+    p, q = (torch.log_softmax(h.double() @ weight.double().T, -1) for h in (hidden, ref_hidden))
+    want = (p.exp() * (p - q)).sum(-1)
+    assert (exact_kl(hidden, head, ref_hidden, head) - want).abs().max() < 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (exact_kl(hidden, head, ref_hidden, head) - want).abs().max() < 1e-4
+
+
 def test_masked_mean_and_whiten_numbers():
     mask = torch.tensor([True, True, False])
     assert masked_mean(torch.tensor([1.0, 2.0, 99.0]), mask) == 1.5

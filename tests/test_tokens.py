@@ -216,6 +216,11 @@ def test_pairs_that_carry_no_information_are_dropped_and_counted(bpe_tokenizer, 
     rows = [{"_where": "", **same}, {"_where": "", "prompt": "hello", "chosen": " a", "rejected": " b"}]
     assert len(dpo.load_pairs(bpe_tokenizer, rows, [2], 12)) == 1
     assert "1 of 2 pairs dropped" in capsys.readouterr().out
+    chat = [{"_where": "", "chosen": TALK, "rejected": TALK}, {"_where": "", "chosen": TALK, "rejected": TALK[:4] + TALK[2:3]}]
+    bpe_tokenizer.chat_template = CHAT_TEMPLATE
+    assert len(dpo.load_pairs(bpe_tokenizer, chat, [2], 512)) == 1
+    bpe_tokenizer.chat_template = None
+    assert "1 of 2 pairs dropped" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         dpo.load_pairs(bpe_tokenizer, [{"_where": "p:1", **same}], [2], 12)
 
@@ -251,6 +256,23 @@ def test_held_out_rows_share_no_prompt_with_the_training_rows(tmp_path):
     (tmp_path / "y.test.jsonl").write_text('{"prompt": "e"}\n')
     assert split_rows(str(tmp_path / "y.train.jsonl"), "")[1][0]["prompt"] == "e"
     assert split_rows(str(path), str(tmp_path / "y.test.jsonl"))[1][0]["prompt"] == "e"
+
+
+def test_held_out_conversations_and_implicit_prompts_are_new(tmp_path):
+    """Four answers a prompt, in the formats without a prompt column: what precedes the first answer decides."""
+    user = lambda i: [{"role": "user", "content": f"question {i // 4}"}]
+    answer = lambda i: [{"role": "assistant", "content": f"answer {i}"}]
+    for name, row in {
+        "messages": lambda i: {"messages": user(i) + answer(i)},
+        "lists": lambda i: {"chosen": user(i) + answer(i), "rejected": user(i) + answer(i + 1)},
+        "texts": lambda i: {"chosen": f"\n\nHuman: {i // 4}\n\nAssistant: {i}", "rejected": "-"},
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(400)))
+        train, held_out = split_rows(str(path), "")
+        number = {row["_where"]: i // 4 for i, row in enumerate(read_rows(str(path)))}
+        assert len(held_out) == 20 and len(train) == 380
+        assert not {number[row["_where"]] for row in train} & {number[row["_where"]] for row in held_out}
 
 
 # ---- real tokenizers and data ----
