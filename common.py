@@ -457,7 +457,7 @@ def encode(tokenizer, rows: list[dict], eos_ids: list[int], max_length: int, com
 
 
 def check_flags(args) -> None:
-    """Refuse numbers that are negative, infinite or NaN, most zeros, uneven micro-batches, a missing device."""
+    """Refuse numbers that are negative, infinite, NaN or mostly 0, uneven micro-batches, a missing device."""
     zero = "seed learning_rate warmup_steps weight_decay label_smoothing eval_every save_every".split()
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in zero):
