@@ -30,7 +30,7 @@ MUTANTS = [
     ("mask by multiplication", "common.py", "return torch.where(mask, x, 0.0).sum()", "return (x * mask).sum()", "test_statistics"),
     ("whitening lets padding in", "common.py", "    x = torch.where(mask, x, 0.0)\n    mean = masked_mean(x, mask)", "    mean = x.mean()", "test_statistics"),
     ("sampling ignores the temperature", "common.py", "temperature=temperature or 1.0)", "temperature=1.0)", "test_sampling"),
-    ("left padding without position ids", "common.py", "position_ids=position, ", "", "test_sampling"),
+    ("left padding without position ids", "common.py", " position_ids=position,", "", "test_sampling"),
     ("left padding without attention mask", "common.py", "attention_mask=mask, ", "", "test_sampling"),
     ("top-k in the sampler", "common.py", "cdf = logp.double().exp()", "cdf = logp.where(logp >= logp.topk(5)[0][:, -1:], -1e9).double().exp()", "test_sampling"),
     ("only the first EOS id stops", "common.py", "stop = noise.to(device), torch.tensor(eos_ids, device", "stop = noise.to(device), torch.tensor(eos_ids[:1], device", "test_sampling"),
