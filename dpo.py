@@ -270,6 +270,9 @@ def main(args: Args) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps, step, num_tokens = steps_per_epoch * args.num_train_epochs, 0, 0
+    print(f"{len(train)} rows, {len(held_out)} held out from {rows[1][0]['_where'].rpartition(':')[0]}, "
+          f"{num_steps} steps, {model.num_parameters():,} parameters on {device}"
+          + f"; --warmup-steps {args.warmup_steps} never ends" * (args.warmup_steps >= num_steps))
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
