@@ -184,8 +184,8 @@ def sequence_logprobs(model, input_ids, mask, **options):
 
 @torch.no_grad()
 def check_model(model, rows: list[list[int]]) -> None:
-    """Refuse a model with too few positions for the rows' ids, or whose own log-probs of the first row
-    `sequence_logprobs` does not reproduce: it would train wrongly.
+    """Refuse a model with too few positions or embeddings for the rows' ids, or whose own log-probs of the
+    first row `sequence_logprobs` does not reproduce: it would train wrongly.
     """
     longest, positions = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
     if positions and longest > positions:
@@ -415,19 +415,20 @@ def encode(tokenizer, rows: list[dict], eos_ids: list[int], max_length: int, com
     completion before its EOS.
     """
     segments = [segments_of(tokenizer, row, completion) for row in rows]
-    texts, bare = [text for row in segments for text, *_ in row], partial(tokenizer, add_special_tokens=False)
-    pieces = zip(bare(texts)["input_ids"], bare(["\n" + text for text in texts])["input_ids"])
+    bare = partial(tokenizer, add_special_tokens=False)
+    texts = ["\n" * (k > 0) + text for row in segments for k, (text, *_) in enumerate(row)]
+    pieces = iter(bare(texts)["input_ids"])
     anchor, marked = bare("\n")["input_ids"], tokenizer("\n")["input_ids"]
     bos = next((marked[:i] for i in range(len(marked)) if marked[i : i + len(anchor)] == anchor), [])
     result, cut = [], 0
     for row, parts in zip(rows, segments):
         ids, trained = [], []
-        for k, (_, train, chat) in enumerate(parts):
-            piece, behind = next(pieces)
+        for k, (text, train, chat) in enumerate(parts):
+            piece = next(pieces)
             if k == 0 and not chat:
                 piece = bos + piece
-            elif k and behind[: len(anchor)] == anchor:
-                piece = behind[len(anchor) :]
+            elif k:  # a newline that merged with the text cannot be cut off
+                piece = piece[len(anchor) :] if piece[: len(anchor)] == anchor else bare(text)["input_ids"]
             end = max((i + 1 for i, token in enumerate(piece) if token in eos_ids), default=0)
             if k == len(parts) - 1:
                 while not chat and piece and piece[-1] in eos_ids:

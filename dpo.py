@@ -281,7 +281,7 @@ def main(args: Args) -> dict:
             fail(f"--resume: {args.dataset} has {len(train)} rows, and had {state['rows']} before")
         ref_train, ref_held_out = state["reference"]
     else:  # the reference is the start
-        ref_train, ref_held_out = (reference_logps(model, rows, args, autocast) for rows in (train, held_out))
+        ref_train, ref_held_out = (reference_logps(model, part, args, autocast) for part in (train, held_out))
 
     # 3. the loop. The order is a function of (seed, epoch), so that no random state has to be saved
     stopped, metrics = [], {}  # a first signal stops after the step, a second one at once

@@ -40,7 +40,7 @@ MUTANTS = [
     ("EOS is doubled", "common.py", "while not chat and piece and piece[-1] in eos_ids", "while False", "test_tokens"),
     ("BOS twice in chats", "common.py", "if k == 0 and not chat:", "if k == 0:", "test_tokens"),
     ("BOS missing", "common.py", "piece = bos + piece", "piece = piece", "test_tokens"),
-    ("a space before every part", "common.py", "piece = behind[len(anchor) :]", "pass", "test_tokens"),
+    ("a space before every part", "common.py", "piece[len(anchor) :] if piece[: len(anchor)] == anchor else bare(text)", "bare(text)", "test_tokens"),
     ("EOS cut by truncation", "common.py", "ids, trained = [*ids, eos], [*trained, True]", "pass", "test_tokens"),
     ("a conversation cut within a user's turn", "common.py", "if trained[i]), default=0)\n            if kept", "if any(trained[: i + 1])), default=0)\n            if kept", "test_tokens"),
     ("prompt in the loss", "common.py", "[train and (i < end or not end)", "[(i < end or not end)", "test_tokens"),
