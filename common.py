@@ -182,10 +182,22 @@ def sequence_logprobs(model, input_ids, mask, **options):
     return tuple(map(spread, result)) if isinstance(result, tuple) else spread(result)
 
 
+def token_values(model, input_ids):
+    """The scalar head at every position: (B, T) -> (B, T), fp32. Rows are padded on the right, as above.
+
+    model: ...ForSequenceClassification or ...ForTokenClassification with one label. A reward model's score of
+    a row is the value at its last token; a critic's V(s_t), before token t is chosen, the one at t - 1.
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+    head = model.score if hasattr(model, "score") else model.classifier
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1)
+
+
 @torch.no_grad()
 def check_model(model, rows: list[list[int]]) -> None:
-    """Refuse a model with too few positions or embeddings for the rows' ids, or whose own log-probs of the
-    first row `sequence_logprobs` does not reproduce: it would train wrongly.
+    """Refuse a model with too few positions or embeddings for the rows' ids, or whose own log-probs or score
+    of the first row `sequence_logprobs` or `token_values` does not reproduce: it would train wrongly.
     """
     longest, positions = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
     if positions and longest > positions:
@@ -194,12 +206,15 @@ def check_model(model, rows: list[list[int]]) -> None:
     if largest >= vocabulary:
         fail(f"--model: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
     ids = torch.tensor(rows[:1], device=model.device)  # (1, T)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    want = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    got = sequence_logprobs(model, ids, torch.arange(ids.shape[1], device=ids.device)[None] > 0)[:, 1:]
+    if model.get_output_embeddings() is None:
+        want, got = model(input_ids=ids).logits[:, 0].float(), token_values(model, ids)[:, -1]
+    else:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        want = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        got = sequence_logprobs(model, ids, torch.arange(ids.shape[1], device=ids.device)[None] > 0)[:, 1:]
     if not (gap := (got - want).abs().max().item()) < 2e-3:  # NaN fails too
-        fail(f"{type(model).__name__}: log-probs from its hidden states differ from its own logits' by "
-             f"{gap:.2g} nats: its output head does something that common.py does not know")
+        fail(f"{type(model).__name__}: log-probs or scores from hidden states differ from its own output's "
+             f"by {gap:.2g}: its head does something that common.py does not know")
 
 
 # ---- KL and masked statistics ----
@@ -370,6 +385,29 @@ def split_rows(dataset: str, eval_dataset: str) -> tuple[list[dict], list[dict]]
     return train, [row for row, key in zip(rows, keys) if key in held_out]
 
 
+def explicit_pairs(rows: list[dict]) -> None:
+    """Give each row mu, 1 if absent, and a prompt: without that column it is what both sides share, their
+    leading messages or, of texts in the style of Anthropic HH, everything up to the last "\\n\\nAssistant:".
+    """
+    for row in rows:
+        mu = row.setdefault("mu", 1.0)
+        if type(mu) not in (int, float) or not 0 <= mu <= 1:
+            fail(f"{row['_where']}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
+        if not {"chosen", "rejected"} <= set(row):
+            fail(f"{row['_where']}: needs chosen and rejected; found {sorted(set(row) - {'_where', 'mu'})}")
+        if "prompt" not in row:
+            chosen, rejected, marker = row["chosen"], row["rejected"], "\n\nAssistant:"
+            if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+                fail(f"{row['_where']}: chosen and rejected must both be text, or both lists of messages")
+            n = min(len(chosen), len(rejected)) - isinstance(chosen, list)  # of messages all but the last
+            n = next((i for i in range(n) if chosen[i] != rejected[i]), n)
+            if isinstance(chosen, str):
+                n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0
+            if n == 0:
+                fail(f"{row['_where']}: no prompt column, and chosen and rejected share no beginning")
+            row.update(prompt=chosen[:n], chosen=chosen[n:], rejected=rejected[n:])
+
+
 def segments_of(tokenizer, row: dict, completion: str) -> list[tuple[str, bool, bool]]:
     """A row as segments of text (text, trained?, chat?): `prompt` and `completion` as texts or message lists,
     `messages` with every assistant turn trained, or `text`, trained as a whole.
@@ -459,7 +497,8 @@ def encode(tokenizer, rows: list[dict], eos_ids: list[int], max_length: int, com
 
 def check_flags(args) -> None:
     """Refuse numbers that are negative, infinite, NaN or mostly 0, uneven micro-batches, a missing device."""
-    zero = "seed learning_rate warmup_steps weight_decay label_smoothing eval_every save_every".split()
+    zero = ("seed learning_rate critic_learning_rate warmup_steps weight_decay label_smoothing eval_every "
+            "save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty").split()
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in zero):
             fail(f"--{name.replace('_', '-')} is {value}: out of range")

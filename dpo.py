@@ -8,8 +8,7 @@ KL-regularized objective, pi* = pi_ref exp(r / beta) / Z. log pi(y|x) sums over 
 
 What is done differently from the paper, and why:
 1. Soft labels: mu is the share of votes for `chosen`, 0.5 a tie; label smoothing moves it towards 0.5 (cDPO).
-2. The reference is the start itself, so its log-probs are computed once, before the first step: no second
-   model.
+2. The reference is the start itself: its log-probs are computed once, before the first step, and stored.
 3. IPO (arXiv:2310.12036) is --loss-type ipo, on summed log-probs as in its Eq. 17; TRL averages them.
 4. AdamW with linear warm-up and decay, for RMSprop at a constant rate.
 
@@ -38,8 +37,8 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    check_flags, check_model, encode, fail, make_logger, open_run, sample, save_checkpoint, sequence_logprobs,
-    split_rows)
+    check_flags, check_model, encode, explicit_pairs, fail, make_logger, open_run, sample, save_checkpoint,
+    sequence_logprobs, split_rows)
 
 
 @dataclass
@@ -80,10 +79,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     p = mu (1 - label_smoothing) + (1 - mu) label_smoothing is the chance that `chosen` is the better one. IPO
     pulls the margin h / beta to 1 / (2 beta) with weight p, and to -1 / (2 beta) with weight 1 - p.
 
-    Args: log pi(y|x) of policy and reference in nats, summed over the completion, and mu in [0, 1]: (B,)
-    each.
-    Returns: losses (B,), and the implicit rewards of chosen and rejected (B,), detached, in units of the
-    reward.
+    Args: log pi(y|x) of policy and reference in nats, summed over the completion; mu in [0, 1]: (B,) each.
+    Returns: losses (B,), and the implicit rewards of chosen and rejected (B,), detached, in reward units.
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # Eq. 5 of arXiv:2305.18290, less beta log Z(x)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
@@ -98,27 +95,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 def load_pairs(tokenizer, rows, eos_ids, max_length):
-    """Rows to pairs (chosen, rejected, mu), chosen and rejected being (ids, trained) with the same prompt.
-    Without a `prompt` column it is what both sides share: their leading messages or, of texts in the style of
-    Anthropic HH, everything up to the last "\\n\\nAssistant:".
-    """
-    for row in rows:
-        mu = row.setdefault("mu", 1.0)
-        if type(mu) not in (int, float) or not 0 <= mu <= 1:
-            fail(f"{row['_where']}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
-        if not {"chosen", "rejected"} <= set(row):
-            fail(f"{row['_where']}: needs chosen and rejected; found {sorted(set(row) - {'_where', 'mu'})}")
-        if "prompt" not in row:
-            chosen, rejected, marker = row["chosen"], row["rejected"], "\n\nAssistant:"
-            if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
-                fail(f"{row['_where']}: chosen and rejected must both be text, or both lists of messages")
-            n = min(len(chosen), len(rejected)) - isinstance(chosen, list)  # of messages all but the last
-            n = next((i for i in range(n) if chosen[i] != rejected[i]), n)
-            if isinstance(chosen, str):
-                n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0
-            if n == 0:
-                fail(f"{row['_where']}: no prompt column, and chosen and rejected share no beginning")
-            row.update(prompt=chosen[:n], chosen=chosen[n:], rejected=rejected[n:])
+    """Rows to pairs (chosen, rejected, mu), chosen and rejected being (ids, trained) with the same prompt."""
+    explicit_pairs(rows)
     encoded = [encode(tokenizer, rows, eos_ids, max_length, side) for side in ("chosen", "rejected")]
     pairs = [(*pair, row["mu"]) for *pair, row in zip(*encoded, rows) if pair[0] != pair[1]]
     if dropped := len(rows) - len(pairs):

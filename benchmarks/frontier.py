@@ -1,6 +1,8 @@
 """How close is a policy to the exact optimum of the KL-regularized objective, at its own KL?
 
     python benchmarks/frontier.py --reference runs/sft/model --policies runs/dpo/model
+    python benchmarks/frontier.py --policies runs/ppo/model --rewards runs/reward_model/model
+        data/gold_reward.py:gold_reward
 
 J(pi) = E[r(x, y)] - beta KL(pi || pi_ref) is maximal at pi* = pi_ref exp(r / beta) / Z (Sec. 4 of
 arXiv:2305.18290). Where r is known and pi_ref can be sampled at will, the reward and the KL of pi* follow for
@@ -12,15 +14,17 @@ policy can be above. A policy is judged by
 The KL of a policy is the sum over its samples' tokens of the exact KL over the vocabulary, which has the same
 mean as the sampled log-ratio and less noise. Rewards and KL are measured on held-out prompts at temperature
 1; +- is one standard error. The effective sample size (ESS) says how far a row can be trusted: below about 50
-a prompt it is biased low.
+a prompt it is biased low. Each of several rewards, a reward model's folder or file.py:function, has its own
+frontier: a policy trained on a learned reward is judged by that one and by the gold reward.
 """
 
-import importlib.util
+import contextlib
 import json
 import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -28,6 +32,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import exact_kl, fail, head_of, read_rows, sample  # noqa: E402
+from ppo import load_reward  # noqa: E402
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Args:
     reference: str = "runs/sft/model"  # folder of pi_ref
     policies: list[str] = field(default_factory=lambda: ["runs/dpo/model"])  # folders to judge
     dataset: str = "data/prompts_test.jsonl"  # held-out prompts
-    reward: str = "data/gold_reward.py:gold_reward"  # file.py:function
+    rewards: list[str] = field(default_factory=lambda: ["data/gold_reward.py:gold_reward"])  # or folders
     reference_samples: int = 4000  # a prompt, for the frontier
     policy_samples: int = 300  # a prompt
     max_new_tokens: int = 40  # longest sample
@@ -82,64 +87,62 @@ def kl_to(policy, reference, prompt: list[int], tokens: torch.Tensor, lengths: t
 def main(args: Args) -> dict:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    path, _, name = args.reward.partition(":")
-    if not Path(path).is_file() or not name:
-        fail(f"--reward {args.reward}: expected file.py:function")
-    spec = importlib.util.spec_from_file_location("reward", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    reward = getattr(module, name, None) or fail(f"--reward {args.reward}: {path} defines no {name}")
 
     def load(folder):
         if not Path(folder).is_dir():
-            fail(f"{folder}: no such folder; sft.py and dpo.py make runs/sft/model and runs/dpo/model")
+            fail(f"{folder}: no such folder; sft.py, dpo.py and ppo.py make runs/*/model")
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     reference, tokenizer = load(args.reference), transformers.AutoTokenizer.from_pretrained(args.reference)
-    prompts = [row["prompt"] for row in read_rows(args.dataset)]
-    ids = tokenizer(prompts)["input_ids"]
+    rows = read_rows(args.dataset)
+    ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    options = SimpleNamespace(micro_batch_size=1000)
+    rewards = {spec: load_reward(spec, tokenizer, options, torch.device("cpu"), contextlib.nullcontext)[0]
+               for spec in args.rewards}
 
     def draw(model, number, seed):
-        """(rewards (prompts, number), tokens, lengths), prompt-major."""
-        rows = [row for row in ids for _ in range(number)]
+        """({spec: rewards (prompts, number)}, tokens, lengths), prompt-major."""
+        prompts = [row for row in ids for _ in range(number)]
         eos_ids = model.generation_config.eos_token_id
         eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
-        tokens, _, lengths = sample(model, rows, args.max_new_tokens, eos_ids, seed=seed, batch_size=1000)
-        texts = tokenizer.batch_decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())],
-                                       skip_special_tokens=True)
-        values = reward([p for p in prompts for _ in range(number)], texts)
-        return torch.tensor(values, dtype=torch.float64).view(len(prompts), number), tokens, lengths
+        tokens, _, lengths = sample(model, prompts, args.max_new_tokens, eos_ids, seed=seed, batch_size=1000)
+        responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+        repeated = [row for row in rows for _ in range(number)]
+        values = {spec: reward(repeated, prompts, responses) for spec, reward in rewards.items()}
+        return {spec: x.double().view(len(ids), number) for spec, x in values.items()}, tokens, lengths
 
     ref_rewards, *_ = draw(reference, args.reference_samples, args.seed)
-    start = ref_rewards.mean().item()
-    print(f"pi_ref = {args.reference}: reward {start:.3f} on {len(prompts)} held-out prompts, "
-          f"{args.reference_samples} samples each\n  beta   E*[r]      KL  ESS/prompt")
-    result = {"reference_reward": start, "frontier": [], "policies": {}}
-    for beta in args.betas:
-        row = tilted(ref_rewards, beta)
-        result["frontier"].append([beta, *row])
-        print(f"{beta:6.2f} {row[0]:7.3f} {row[1]:7.3f} {row[2]:11.0f}")
+    se = lambda x: (x.std() / math.sqrt(x.numel())).item()
+    results = {spec: {"frontier": [], "policies": {}} for spec in args.rewards}
+    for spec, result in results.items():
+        result["reference_reward"] = ref_rewards[spec].mean().item()
+        print(f"{spec}: reward of pi_ref = {args.reference} {result['reference_reward']:.3f} on {len(ids)} "
+              f"held-out prompts, {args.reference_samples} samples each\n  beta   E*[r]      KL  ESS/prompt")
+        for beta in args.betas:
+            row = tilted(ref_rewards[spec], beta)
+            result["frontier"].append([beta, *row])
+            print(f"{beta:6.2f} {row[0]:7.3f} {row[1]:7.3f} {row[2]:11.0f}")
     for folder in args.policies:
         policy = load(folder)
-        rewards, tokens, lengths = draw(policy, args.policy_samples, args.seed + 1)
+        values, tokens, lengths = draw(policy, args.policy_samples, args.seed + 1)
         groups = zip(ids, tokens.split(args.policy_samples), lengths.split(args.policy_samples))
         kls = torch.cat([kl_to(policy, reference, *group) for group in groups])
-        kl, mean = kls.mean().item(), rewards.mean().item()
-        best, ess, beta = frontier_at(ref_rewards, kl)
-        se = lambda x: (x.std() / math.sqrt(x.numel())).item()
-        scale = best - start if kl > 3 * se(kls) else math.nan  # a policy at its reference has no fraction
-        fraction, error = (mean - start) / scale, se(rewards) / scale
-        length = lengths.double().mean().item()
-        result["policies"][folder] = {
-            "reward": mean, "reward_se": se(rewards), "kl": kl, "kl_se": se(kls), "frontier": best,
-            "ess": ess, "frontier_beta": beta, "fraction": fraction, "fraction_se": error,
-            "mean_length": length}
-        print(f"{folder}: gold reward {mean:.3f} +- {se(rewards):.3f} at KL {kl:.3f} +- {se(kls):.3f} nats, "
-              f"{length:.1f} tokens; the optimum there has {best:.3f} (beta {beta:.2f}, ESS {ess:.0f}): "
-              f"fraction of the exact optimum {fraction:.3f} +- {error:.3f}")
+        kl, length = kls.mean().item(), lengths.double().mean().item()
+        print(f"{folder}: KL {kl:.3f} +- {se(kls):.3f} nats, {length:.1f} tokens")
+        for spec, result in results.items():
+            mean, start = values[spec].mean().item(), result["reference_reward"]
+            best, ess, beta = frontier_at(ref_rewards[spec], kl)
+            scale = best - start if kl > 3 * se(kls) else math.nan  # at its reference: no fraction
+            fraction, error = (mean - start) / scale, se(values[spec]) / scale
+            result["policies"][folder] = {
+                "reward": mean, "reward_se": se(values[spec]), "kl": kl, "kl_se": se(kls), "frontier": best,
+                "ess": ess, "frontier_beta": beta, "fraction": fraction, "fraction_se": error,
+                "mean_length": length}
+            print(f"  {spec}: {mean:.3f} +- {se(values[spec]):.3f}; the optimum there has {best:.3f} (beta "
+                  f"{beta:.2f}, ESS {ess:.0f}): fraction of the exact optimum {fraction:.3f} +- {error:.3f}")
     if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
-    return result
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def entropy() -> tuple[float, float]:
 
 
 def preference(rng: random.Random, prompt: str, aspect: str) -> dict:
+    """Two voters judge a pair. p_chosen, the Bradley-Terry probability, is for held-out pairs only."""
     a, b = response(rng, aspect), response(rng, aspect)
     while a == b:
         b = response(rng, aspect)
@@ -97,7 +98,8 @@ def preference(rng: random.Random, prompt: str, aspect: str) -> dict:
     p = 1 / (1 + math.exp(r_b - r_a))
     votes = (rng.random() < p) + (rng.random() < p)
     chosen, rejected = (a, b) if votes else (b, a)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "mu": 0.5 if votes == 1 else 1.0}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "mu": 0.5 if votes == 1 else 1.0,
+            "p_chosen": round(p if votes else 1 - p, 4)}
 
 
 def ranking(rng: random.Random, prompt: str, aspect: str) -> dict:
@@ -165,6 +167,7 @@ def world() -> dict[str, str]:
         draw = preference if name.startswith("preferences") else lambda rng, p, x: {
             "prompt": p, "completion": response(rng, x)}
         files[name] = [draw(rng, *uniform(rng, pool)) for _ in range(size)]
+    files["preferences"] = [{k: v for k, v in row.items() if k != "p_chosen"} for row in files["preferences"]]
     files["rankings"] = [ranking(rng, *uniform(rng, train)) for _ in range(RANKINGS)]
     files["rankings_test"] = [ranking(rng, *uniform(rng, held_out)) for _ in range(RANKINGS_TEST)]
     files["sums"], files["sums_prompts"], files["sums_prompts_test"] = sums(rng)

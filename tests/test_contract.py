@@ -800,11 +800,11 @@ def test_wandb_gets_what_the_file_gets(go, monkeypatch):
 
 # ---- 7. The house ----
 
-BUDGETS = {"bandit_bt": 320, "sft": 300, "reward_model": 360, "dpo": 360, "grpo": 420, "ppo": 500,
-           "common": 535}
+BUDGETS = {"bandit_bt": 320, "sft": 300, "reward_model": 394, "dpo": 360, "grpo": 420, "ppo": 530,
+           "common": 575}
 SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 HOUSE = [stem for stem in SOURCES if stem != "common"]
-BY_DESIGN = {"main", "evaluate", "collate", "Args"}  # the same name in every script, and not the same code
+BY_DESIGN = {"main", "evaluate", "collate", "forward", "Args"}  # the same name in every script, and not the same code
 
 
 def test_the_house_is_complete():
