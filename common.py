@@ -90,14 +90,16 @@ class _TokenLogprobs(torch.autograd.Function):
             if keep:
                 kept.append(z.to(hidden.dtype) if half else z)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropies)
-        ctx.kept, ctx.options = kept, (scale, softcap, temperature, entropy, rows, dtype, half)
+        ctx.kept, ctx.options = kept, (scale, softcap, temperature, rows, dtype, half)
         ctx.mark_non_differentiable(is_top)
+        ctx.set_materialize_grads(False)  # an entropy that is only logged costs the backward pass nothing
         return logprobs, entropies, is_top
 
     @staticmethod
     def backward(ctx, g, g_entropy, _):
         hidden, weight, bias, targets, normalizer, entropies = ctx.saved_tensors
-        scale, softcap, temperature, entropy, rows, dtype, half = ctx.options
+        scale, softcap, temperature, rows, dtype, half = ctx.options
+        g = torch.zeros_like(normalizer) if g is None else g
         W, d_hidden = weight if half else weight.to(dtype), torch.empty_like(hidden)
         d_weight = torch.zeros_like(W, dtype=dtype) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
@@ -114,7 +116,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 tanh = (logp + normalizer[s, None]).mul_(temperature / softcap)
                 slope = (1 - tanh.square_()).mul_(slope)
             pull = g[s, None]
-            if entropy:
+            if g_entropy is not None:
                 pull = pull + g_entropy[s, None] * (logp + entropies[s, None]).nan_to_num_(neginf=0.0)
             d = logp.exp_().mul_(-pull).scatter_add_(-1, targets[s, None], g[s, None])  # (rows, V)
             d = d.mul_(slope).to(hidden.dtype if half else dtype)
@@ -195,13 +197,13 @@ def token_values(model, input_ids):
 
 
 @torch.no_grad()
-def check_model(model, rows: list[list[int]]) -> None:
+def check_model(model, rows: list[list[int]], flag="--max-length") -> None:
     """Refuse a model with too few positions or embeddings for the rows' ids, or whose own log-probs or score
     of the first row `sequence_logprobs` or `token_values` does not reproduce: it would train wrongly.
     """
     longest, positions = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
     if positions and longest > positions:
-        fail(f"--max-length: rows have up to {longest} tokens, the model {positions} positions: lower it")
+        fail(f"{flag}: rows have up to {longest} tokens, the model {positions} positions: lower it")
     largest, vocabulary = max(map(max, rows)), len(model.get_input_embeddings().weight)
     if largest >= vocabulary:
         fail(f"--model: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")

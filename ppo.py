@@ -136,9 +136,8 @@ def value_loss(values, old_values, returns, mask, clip_coef_value):
     Returns: losses, 0 where mask is False, and whether the clip decides: (B, R) each.
     """
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
-    losses = (values - returns).square()
-    eps = clip_coef_value or math.inf
-    clipped = (old_values + (values - old_values).clamp(-eps, eps) - returns).square()
+    losses, eps = (values - returns).square(), clip_coef_value or math.inf
+    clipped = (values.clamp(old_values - eps, old_values + eps) - returns).square()
     return torch.max(losses, clipped) / 2, clipped > losses
 
 
@@ -156,13 +155,13 @@ def load_prompts(tokenizer, rows, eos_ids, max_prompt_length):
         if not isinstance(row.get("prompt"), (str, list)):
             fail(f"{row['_where']}: needs prompt, text or messages; has {sorted(set(row) - {'_where'})}")
     chat = [{"role": "assistant", "content": "."}]
-    probes = [{**row, "completion": "." if isinstance(row["prompt"], str) else chat} for row in rows]
+    probes = [{**row, "completion": "" if isinstance(row["prompt"], str) else chat} for row in rows]
     encoded = encode(tokenizer, probes, eos_ids, 1 << 30)
     prompts = [(row, ids[: trained.index(True)]) for row, (ids, trained) in zip(rows, encoded)]
-    kept = [(row, ids) for row, ids in prompts if 0 < len(ids) <= max_prompt_length]
+    kept = [(row, ids) for row, ids in prompts if len(ids) <= max_prompt_length]
     if len(kept) < len(prompts):
-        print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts are above --max-prompt-length: dropped")
-    return kept or fail(f"{rows[0]['_where']}: every prompt is above --max-prompt-length {max_prompt_length}")
+        print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts are over --max-prompt-length: dropped")
+    return kept or fail(f"{rows[0]['_where']}: every prompt is longer than --max-prompt-length")
 
 
 def collate(prompts, responses, device):
@@ -256,10 +255,11 @@ def load_reward(spec, tokenizer, args, device, autocast):
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             chats = [isinstance(row["prompt"], list) for row in rows]
             texts = [[{"role": "assistant", "content": t}] if chat else t for t, chat in zip(texts, chats)]
-            columns = {key: [row.get(key) for row in rows] for key in rows[0]}
-            inputs = {**columns, "prompts": columns.pop("prompt"), "completions": texts}
+            columns = {key: [row.get(key) for row in rows] for key in rows[0]
+                       if key not in ("prompt", "completion", "_where")}
             try:
-                scores = [float(x) for x in function(**{k: x for k, x in inputs.items() if k != "_where"})]
+                scores = function(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
+                scores = [float(score) for score in scores]
             except Exception as error:
                 fail(f"--reward {spec}: {error!r}")
             if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
@@ -301,8 +301,11 @@ def load_critic(args, reward_model, device):
     if args.critic == "none":
         return None
     copy = args.critic == "reward" and reward_model is not None
+    name = args.reward if copy else args.model
+    config = transformers.AutoConfig.from_pretrained(name, num_labels=1)
+    config.update({key: 0.0 for key, value in vars(config).items() if "drop" in key and value})
     critic = transformers.AutoModelForTokenClassification.from_pretrained(
-        args.reward if copy else args.model, num_labels=1, dtype=torch.float32, use_safetensors=True)
+        name, config=config, dtype=torch.float32, use_safetensors=True)
     head = critic.score if hasattr(critic, "score") else critic.classifier
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
@@ -393,7 +396,8 @@ def main(args: Args) -> dict:
     reward, reward_model = load_reward(args.reward, tokenizer, args, device, autocast)
     critic = load_critic(args, reward_model, device)
     prompts, held_out = (load_prompts(tokenizer, part, eos_ids, args.max_prompt_length) for part in data)
-    check_model(policy, [ids + eos_ids[:1] * args.max_new_tokens for _, ids in prompts + held_out])
+    longest = [ids + eos_ids[:1] * args.max_new_tokens for _, ids in prompts + held_out]
+    check_model(policy, longest, "--max-prompt-length, --max-new-tokens")
     models = {"policy": policy} | ({"critic": critic} if critic else {})
     rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
     groups = [{"params": list(model.parameters())} for model in models.values()]
@@ -403,8 +407,8 @@ def main(args: Args) -> dict:
           f"{num_updates} updates, {policy.num_parameters():,} parameters on {device}")
     if reward_model is not None:
         accuracy = getattr(reward_model.config, "held_out_accuracy", math.nan)
-        print(f"the reward model's held-out accuracy is {accuracy:.3f}" + (
-            "" if accuracy > 0.6 else ": unknown or near chance. Make sure your reward model works first!"))
+        print(f"the reward model's held-out accuracy is {accuracy:.3f}"
+              + ": unknown, or near chance. Make sure your reward model works first!" * (not accuracy > 0.6))
     if state:
         for name, model in models.items():
             model.load_state_dict(state[name])
@@ -423,6 +427,8 @@ def main(args: Args) -> dict:
         if update in (0, num_updates) or (args.eval_every and update % args.eval_every == 0):
             after, samples = evaluate(policy, reference, reward, tokenizer, held_out, eos_ids, kl_coef, args,
                                       autocast)
+            if not math.isfinite(after["eval/objective/rlhf_reward"]):
+                fail(f"update {update}: the evaluation gives NaN: lower --learning-rate")
             log(update, after, samples)
             bar.write(f"update {update}: score {after['eval/objective/scores']:.3f} "
                       f"KL {after['eval/objective/kl']:.3f} {samples[0]['completion'][:80]!r}")

@@ -129,6 +129,9 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
             fail(f"{row['_where']}: completions must be a list of two or more")
         if not isinstance(ranking, list) or [type(r) for r in ranking] != [int] * len(texts):
             fail(f"{row['_where']}: ranking must be {len(texts)} whole numbers, 1 for the best completion")
+        p = row.get("p_chosen", 0.5)
+        if type(p) not in (int, float) or not 0 <= p <= 1:
+            fail(f"{row['_where']}: p_chosen is {p!r}; expected the probability that chosen is preferred")
         shared = {"prompt": row["prompt"]} if "prompt" in row else {}
         flat += [{**shared, "completion": text, "_where": row["_where"]} for text in texts]
     encoded = iter(encode(tokenizer, flat, eos_ids, max_length))
@@ -181,10 +184,8 @@ def load_reward_model(name, args, device):
     except Exception as error:  # of many types, for files that are missing, broken or do not fit
         fail(f"--model {name}: {error}")
     missing = set(info["missing_keys"])
-    if not hasattr(model, "score") or missing - {"score.weight"}:
+    if not hasattr(model, "score") or missing - {"score.weight"} or (missing and args.score):
         fail(f"--model {name}: its weights lack {', '.join(sorted(missing)[:3])}, or its class has no score")
-    if missing and args.score:
-        fail(f"--score: {name} is no reward model: its weights lack {', '.join(missing)}")
     if missing:
         torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     eos = config.eos_token_id
@@ -196,8 +197,8 @@ def load_reward_model(name, args, device):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos_ids})
-    config.problem_type = "regression"  # else pipelines and vLLM squash the score
+    model.config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos_ids})
+    model.config.problem_type = "regression"  # else pipelines and vLLM squash the score
     if args.gradient_checkpointing:
         new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
         getattr(model, new if hasattr(model, new) else old)()  # the name since transformers 5.23, or before
@@ -235,7 +236,7 @@ def forward(model, comparisons, args, autocast):
         losses = torch.stack([plackett_luce_loss(own, comparison[1]) if len(own) > 2 else loss
                               for own, comparison, loss in zip(rewards.split(sizes), comparisons, losses)])
     chosen, rejected = rewards.detach()[first], rewards.detach()[second]
-    margins = chosen - rejected
+    margins = (chosen - rejected).round(decimals=5)  # rounding noise is a tie
     metrics = {"loss": losses.detach(), "accuracy": mean(0.5 + (mu - 0.5) * margins.sign()),
                "margin": mean(margins), "rewards/chosen": mean(chosen), "rewards/rejected": mean(rejected),
                "mean_reward": torch.stack([own.mean() for own in rewards.detach().split(sizes)])}
@@ -251,7 +252,8 @@ def evaluate(model, tokenizer, comparisons, args, autocast):
     margins, mu, rewards = (torch.cat([part[k] for part in parts]).cpu() for k in (2, 3, 4))
     table, ece = calibration(margins, mu)
     metrics = {f"eval/{name}": value.mean().item() for name, value in each.items()} | {"eval/ece": ece}
-    metrics["eval/accuracy_ci95"] = 1.96 * each["accuracy"].std().item() / len(comparisons) ** 0.5
+    deviation = each["accuracy"].std(correction=min(1, len(comparisons) - 1)).item()
+    metrics["eval/accuracy_ci95"] = 1.96 * deviation / len(comparisons) ** 0.5
     if all(p is not None for *_, p in comparisons):  # the labels are known to be noisy
         metrics["eval/accuracy_ceiling"] = sum(max(p, 1 - p) for *_, p in comparisons) / len(comparisons)
     values, decode = iter(rewards.tolist()), partial(tokenizer.decode, skip_special_tokens=True)
@@ -272,7 +274,8 @@ def score_file(args, device, autocast):
         input_ids, last, *_ = collate(part, device)
         with autocast():
             scores += token_values(model, input_ids)[torch.arange(len(last)), last].tolist()
-    mean, output = model.config.reward_mean, Path(args.score).with_suffix(".scores.jsonl")
+    mean = getattr(model.config, "reward_mean", 0.0)
+    output = Path(args.score).with_suffix(".scores.jsonl")
     with open(output, "w") as file:
         for row, score in zip(rows, scores):
             row.pop("_where")
