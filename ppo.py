@@ -236,7 +236,7 @@ def load_model(args, device):
     return model.to(device).train(), tokenizer, eos_ids
 
 
-def load_reward(spec, tokenizer, args, device, autocast):
+def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     """(reward, model): reward(rows, prompts, responses) -> scores (B,) of data rows and token ids; model is
     the reward model, or None if spec is file.py:function. That is called as TRL calls it, fn(prompts,
     completions, **columns), with texts or, where the prompt is one, with lists of messages.
@@ -267,28 +267,30 @@ def load_reward(spec, tokenizer, args, device, autocast):
             return torch.tensor(scores, device=device)
 
         return from_function, None
+    if not Path(spec).is_dir() and (spec.count("/") != 1 or Path(spec).parent.exists()):
+        fail(f"--reward {spec}: no such folder, nor a model's Hub id (owner/name), nor file.py:function")
     try:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             spec, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         vocabulary = transformers.AutoTokenizer.from_pretrained(spec).get_vocab()
     except Exception as error:
-        fail(f"--reward {spec}: {error}; expected a reward model's folder or Hub id, or file.py:function")
+        fail(f"--reward {spec}: {error}")
     if info["missing_keys"] or model.config.num_labels != 1 or not hasattr(model, "score"):
         fail(f"--reward {spec}: no reward model: it needs one label and a trained head named score")
     if tokenizer.get_vocab().items() - vocabulary.items():
         fail(f"--reward {spec}: its tokenizer is not the policy's: train it by reward_model.py from --model")
     model.to(device).eval().requires_grad_(False)
-    shift = getattr(model.config, "reward_mean", 0.0)
+    shift, end = getattr(model.config, "reward_mean", 0.0), model.config.eos_token_id or eos_ids
+    end = end[:1] if isinstance(end, list) else [end]
 
     def from_model(rows, prompts, responses):
-        scores = []
+        # read where it was trained to be read: at its own EOS, behind a response that was cut as well
+        rows, scores = [x + (y[:-1] if y[-1] in eos_ids else y) for x, y in zip(prompts, responses)], []
         for i in range(0, len(rows), args.micro_batch_size):
-            s = slice(i, i + args.micro_batch_size)
-            input_ids, mask = collate(prompts[s], responses[s], device)
+            part = rows[i : i + args.micro_batch_size]
+            input_ids, mask = collate(part, [end] * len(part), device)
             with torch.no_grad(), autocast():
-                values = token_values(model, input_ids)  # (b, T)
-            last = [len(x) + len(y) - 1 for x, y in zip(prompts[s], responses[s])]
-            scores.append(values[torch.arange(len(last)), last] - shift)
+                scores.append(token_values(model, input_ids)[mask] - shift)  # (b,)
         return torch.cat(scores)
 
     return from_model, model
@@ -375,7 +377,7 @@ def main(args: Args) -> dict:
     check_flags(args)
     episodes = args.batch_size * args.num_minibatches
     if args.total_episodes % episodes:
-        fail(f"--total-episodes {args.total_episodes} is no multiple of --batch-size * --num-minibatches")
+        fail(f"--total-episodes {args.total_episodes} is no multiple of {episodes}, an update's batch")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
@@ -393,7 +395,7 @@ def main(args: Args) -> dict:
     policy, tokenizer, eos_ids = load_model(args, device)
     reference, *_ = load_model(args, device)
     reference.eval().requires_grad_(False)
-    reward, reward_model = load_reward(args.reward, tokenizer, args, device, autocast)
+    reward, reward_model = load_reward(args.reward, tokenizer, eos_ids, args, device, autocast)
     critic = load_critic(args, reward_model, device)
     prompts, held_out = (load_prompts(tokenizer, part, eos_ids, args.max_prompt_length) for part in data)
     longest = [ids + eos_ids[:1] * args.max_new_tokens for _, ids in prompts + held_out]

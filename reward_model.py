@@ -11,8 +11,8 @@ the last hidden state at the completion's EOS.
 What is done differently from the paper, and why:
 1. Soft labels: mu is the share of votes for `chosen`, 0.5 a tie. A tie pulls the two rewards together.
 2. All pairs of a ranking are in one batch element, as there: the model sees each completion once an epoch.
-3. Comparisons leave a constant of r free. So the mean reward of the held-out completions is stored as
-   `reward_mean` in config.json, and ppo.py and grpo.py subtract it: E[r] = 0.
+3. Comparisons leave a constant of r free. So the mean reward of the held-out comparisons is stored as
+   `reward_mean` in config.json, and ppo.py subtracts it: E[r] = 0.
 4. AdamW with linear warm-up and decay, in place of a cosine; no dropout.
 
 One CPU core, the embedded world, 30 s:  python reward_model.py
@@ -123,6 +123,7 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
     explicit_pairs([row for row in rows if "completions" not in row])
     flat = []
     for row in rows:
+        row["mu"] = 1.0 if "completions" in row else row["mu"]
         texts = row.setdefault("completions", [row.get("chosen"), row.get("rejected")])
         ranking = row.setdefault("ranking", [1, 2])
         if not isinstance(texts, list) or len(texts) < 2:
@@ -139,7 +140,7 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
     for row in rows:
         ids, ranking = [next(encoded)[0] for _ in row["ranking"]], row["ranking"]
         pairs = combinations(sorted(range(len(ids)), key=ranking.__getitem__), 2)  # the better one first
-        pairs = [(i, j, row.get("mu", 1.0) if ranking[i] < ranking[j] else 0.5) for i, j in pairs]
+        pairs = [(i, j, row["mu"] if ranking[i] < ranking[j] else 0.5) for i, j in pairs]
         if len(ids) > 2 or ids[0] != ids[1]:
             comparisons.append((ids, ranking, pairs, row.get("p_chosen")))
     if dropped := len(rows) - len(comparisons):
@@ -192,7 +193,7 @@ def load_reward_model(name, args, device):
     eos_ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
     eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
     if not eos_ids:
-        fail(f"--model {name}: neither its tokenizer nor its generation_config names an EOS token")
+        fail(f"--model {name}: neither its tokenizer nor its config names an EOS token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in eos_ids:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:

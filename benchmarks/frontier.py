@@ -97,15 +97,15 @@ def main(args: Args) -> dict:
     rows = read_rows(args.dataset)
     ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
     options = SimpleNamespace(micro_batch_size=1000)
-    rewards = {spec: load_reward(spec, tokenizer, options, torch.device("cpu"), contextlib.nullcontext)[0]
-               for spec in args.rewards}
+    ends = reference.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    plain = (options, torch.device("cpu"), contextlib.nullcontext)
+    rewards = {spec: load_reward(spec, tokenizer, ends, *plain)[0] for spec in args.rewards}
 
     def draw(model, number, seed):
         """({spec: rewards (prompts, number)}, tokens, lengths), prompt-major."""
         prompts = [row for row in ids for _ in range(number)]
-        eos_ids = model.generation_config.eos_token_id
-        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
-        tokens, _, lengths = sample(model, prompts, args.max_new_tokens, eos_ids, seed=seed, batch_size=1000)
+        tokens, _, lengths = sample(model, prompts, args.max_new_tokens, ends, seed=seed, batch_size=1000)
         responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
         repeated = [row for row in rows for _ in range(number)]
         values = {spec: reward(repeated, prompts, responses) for spec, reward in rewards.items()}

@@ -4,8 +4,8 @@
 
 A reward model learns from a number of comparisons of the embedded world; PPO then maximizes it with a falling
 --kl-coef. Both rewards of each policy are measured, the learned one and the gold reward that the comparisons
-were drawn from, on fresh samples for held-out prompts. The picture, as in arXiv:2210.10760 at a small scale, has
-the KL from the start on its x-axis; dashed is what the policy was trained on, solid what was meant.
+were drawn from, on fresh samples for held-out prompts. The picture, as in arXiv:2210.10760 at a small scale,
+has the KL from the start on its x-axis; dashed is what the policy was trained on, solid what was meant.
 
 Runs that have finished are kept, so the command can be repeated. Needs matplotlib for the picture.
 """

@@ -456,7 +456,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(model):
 def load(args):
     """(reward function, reward model, critic, the reward model as transformers loads it)"""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    reward, model = ppo.load_reward(args.reward, tokenizer, args, CPU, contextlib.nullcontext)
+    reward, model = ppo.load_reward(args.reward, tokenizer, [2, 7], args, CPU, contextlib.nullcontext)
     own = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward).eval()
     own = own.to(next(model.parameters()).dtype)
     return reward, model, ppo.load_critic(args, model, CPU), own
@@ -488,6 +488,19 @@ def test_critic_is_the_reward_model_at_every_prefix(tiny, double):
             difference = (changed - values).abs()
             assert difference[:, : t + 1].max() < 1e-6 and difference[2, t + 1 : 8].min() > 1e-4
             assert difference[[0, 1, 3]].max() < 1e-6
+
+
+def test_scores_are_read_at_the_reward_models_own_eos(tiny):
+    """It was trained on rows that end with its first EOS: a response that was cut is read behind that one too,
+    and one that ended with another EOS of the policy, 7, is read as if it had ended with this one, once.
+    """
+    reward, model, _, own = load(tiny(micro_batch_size=2))
+    ends = model.config.eos_token_id
+    end = ends[0] if isinstance(ends, list) else ends
+    prompts, responses = [[5, 9], [11], [4, 8, 6]], [[20, 21, 22], [30, 31, 7], [40, 41, 42, 43, 2]]
+    bodies = [[20, 21, 22], [30, 31], [40, 41, 42, 43]]
+    want = [own(torch.tensor([x + y + [end]])).logits[0, 0].item() - MEAN for x, y in zip(prompts, bodies)]
+    assert reward([{}] * 3, prompts, responses).tolist() == pytest.approx(want, abs=1e-5)
 
 
 def test_critic_of_the_policy_starts_at_zero(tiny, kind):

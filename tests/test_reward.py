@@ -555,7 +555,7 @@ def test_ppo_gets_rewards_and_a_critic_of_mean_0(finished):
     """On token ids, in ragged micro-batches, and the critic's value at the last token is the reward."""
     _, tokenizer = load(finished)
     args = ppo.Args(reward=str(finished.run / "model"), micro_batch_size=3, device="cpu")
-    score, model = ppo.load_reward(args.reward, tokenizer, args, CPU, nullcontext)
+    score, model = ppo.load_reward(args.reward, tokenizer, [EOS], args, CPU, nullcontext)
     rows = [{"prompt": prompt, "_where": ""} for prompt, _ in finished.held_out]
     prompts = [ids for _, ids in ppo.load_prompts(tokenizer, rows, [EOS], 512)]
     responses = [tokenizer(text, add_special_tokens=False)["input_ids"] + [EOS] for _, text in finished.held_out]
