@@ -197,16 +197,16 @@ def token_values(model, input_ids):
 
 
 @torch.no_grad()
-def check_model(model, rows: list[list[int]], flag="--max-length") -> None:
+def check_model(model, rows: list[list[int]], name="--model", lengths="--max-length") -> None:
     """Refuse a model with too few positions or embeddings for the rows' ids, or whose own log-probs or score
     of the first row `sequence_logprobs` or `token_values` does not reproduce: it would train wrongly.
     """
     longest, positions = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
     if positions and longest > positions:
-        fail(f"{flag}: rows have up to {longest} tokens, the model {positions} positions: lower it")
+        fail(f"{lengths}: rows have up to {longest} tokens, {name} {positions} positions: lower it")
     largest, vocabulary = max(map(max, rows)), len(model.get_input_embeddings().weight)
     if largest >= vocabulary:
-        fail(f"--model: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
+        fail(f"{name}: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
     ids = torch.tensor(rows[:1], device=model.device)  # (1, T)
     if model.get_output_embeddings() is None:
         want, got = model(input_ids=ids).logits[:, 0].float(), token_values(model, ids)[:, -1]
@@ -215,7 +215,7 @@ def check_model(model, rows: list[list[int]], flag="--max-length") -> None:
         want = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         got = sequence_logprobs(model, ids, torch.arange(ids.shape[1], device=ids.device)[None] > 0)[:, 1:]
     if not (gap := (got - want).abs().max().item()) < 2e-3:  # NaN fails too
-        fail(f"{type(model).__name__}: log-probs or scores from hidden states differ from its own output's "
+        fail(f"{name}: {type(model).__name__}'s log-probs or scores from hidden states differ from its own "
              f"by {gap:.2g}: its head does something that common.py does not know")
 
 

@@ -22,6 +22,7 @@ One CUDA GPU, a real model and data:     python ppo.py --model runs/my-sft/model
     --batch-size 128 --num-minibatches 4 --micro-batch-size 8 --total-episodes 102400 --max-new-tokens 256
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -154,9 +155,11 @@ def load_prompts(tokenizer, rows, eos_ids, max_prompt_length):
     for row in rows:
         if not isinstance(row.get("prompt"), (str, list)):
             fail(f"{row['_where']}: needs prompt, text or messages; has {sorted(set(row) - {'_where'})}")
+    columns = dict.fromkeys(key for row in rows for key in row)
     chat = [{"role": "assistant", "content": "."}]
     probes = [{**row, "completion": "" if isinstance(row["prompt"], str) else chat} for row in rows]
     encoded = encode(tokenizer, probes, eos_ids, 1 << 30)
+    rows = [{**columns, **row, "_end": ids[-1]} for row, (ids, _) in zip(rows, encoded)]  # _end: its EOS
     prompts = [(row, ids[: trained.index(True)]) for row, (ids, trained) in zip(rows, encoded)]
     kept = [(row, ids) for row, ids in prompts if len(ids) <= max_prompt_length]
     if len(kept) < len(prompts):
@@ -244,7 +247,7 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     file, _, name = spec.rpartition(":")
     if file.endswith(".py"):
         source = importlib.util.spec_from_file_location("reward", file)
-        module = importlib.util.module_from_spec(source)
+        module = sys.modules["reward"] = importlib.util.module_from_spec(source)
         try:
             source.loader.exec_module(module)
             function = getattr(module, name)
@@ -255,8 +258,8 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             chats = [isinstance(row["prompt"], list) for row in rows]
             texts = [[{"role": "assistant", "content": t}] if chat else t for t, chat in zip(texts, chats)]
-            columns = {key: [row.get(key) for row in rows] for key in rows[0]
-                       if key not in ("prompt", "completion", "_where")}
+            columns = {key: [row[key] for row in rows] for key in rows[0]
+                       if key not in ("prompt", "completion", "_where", "_end")}
             try:
                 scores = function(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
                 scores = [float(score) for score in scores]
@@ -280,15 +283,17 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     if tokenizer.get_vocab().items() - vocabulary.items():
         fail(f"--reward {spec}: its tokenizer is not the policy's: train it by reward_model.py from --model")
     model.to(device).eval().requires_grad_(False)
-    shift, end = getattr(model.config, "reward_mean", 0.0), model.config.eos_token_id or eos_ids
-    end = end[:1] if isinstance(end, list) else [end]
+    shift, own = getattr(model.config, "reward_mean", 0.0), model.config.eos_token_id or eos_ids
+    own = own if isinstance(own, list) else [own]
 
     def from_model(rows, prompts, responses):
-        # read where it was trained to be read: at its own EOS, behind a response that was cut as well
-        rows, scores = [x + (y[:-1] if y[-1] in eos_ids else y) for x, y in zip(prompts, responses)], []
+        # read where it was trained to be read: at the EOS of its rows, behind a response that was cut as well
+        ends = [[row["_end"] if row.get("_end") in own else own[0]] for row in rows]
+        bodies = [x + (y[:-1] if y[-1] in eos_ids else y) for x, y in zip(prompts, responses)]
+        scores = []
         for i in range(0, len(rows), args.micro_batch_size):
-            part = rows[i : i + args.micro_batch_size]
-            input_ids, mask = collate(part, [end] * len(part), device)
+            s = slice(i, i + args.micro_batch_size)
+            input_ids, mask = collate(bodies[s], ends[s], device)
             with torch.no_grad(), autocast():
                 scores.append(token_values(model, input_ids)[mask] - shift)  # (b,)
         return torch.cat(scores)
@@ -296,22 +301,25 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     return from_model, model
 
 
-def load_critic(args, reward_model, device):
-    """A copy of the reward model, whose value at the last token is the reward, or of the start with a head of
-    zeros; None for --critic none.
+def load_critic(args, policy, reward_model, device):
+    """A copy of the reward model, whose value at a response's EOS is the reward, or of the policy with a head
+    of zeros; None for --critic none.
     """
     if args.critic == "none":
         return None
-    copy = args.critic == "reward" and reward_model is not None
-    name = args.reward if copy else args.model
-    config = transformers.AutoConfig.from_pretrained(name, num_labels=1)
+    source = reward_model if args.critic == "reward" and reward_model is not None else policy
+    config = copy.deepcopy(source.config)
     config.update({key: 0.0 for key, value in vars(config).items() if "drop" in key and value})
-    critic = transformers.AutoModelForTokenClassification.from_pretrained(
-        name, config=config, dtype=torch.float32, use_safetensors=True)
+    config.num_labels = 1
+    try:
+        critic = transformers.AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+    except ValueError:
+        fail(f"--critic {args.critic}: transformers has no {config.model_type} for token classification")
+    critic.base_model.load_state_dict(source.base_model.state_dict())
     head = critic.score if hasattr(critic, "score") else critic.classifier
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    if copy:
+    if source is reward_model:
         with torch.no_grad():
             head.weight.copy_(reward_model.score.weight)
             head.bias.sub_(getattr(reward_model.config, "reward_mean", 0.0))
@@ -377,7 +385,8 @@ def main(args: Args) -> dict:
     check_flags(args)
     episodes = args.batch_size * args.num_minibatches
     if args.total_episodes % episodes:
-        fail(f"--total-episodes {args.total_episodes} is no multiple of {episodes}, an update's batch")
+        fail(f"--total-episodes {args.total_episodes} is no multiple of an update's {episodes} responses, "
+             "--batch-size times --num-minibatches")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
@@ -396,10 +405,12 @@ def main(args: Args) -> dict:
     reference, *_ = load_model(args, device)
     reference.eval().requires_grad_(False)
     reward, reward_model = load_reward(args.reward, tokenizer, eos_ids, args, device, autocast)
-    critic = load_critic(args, reward_model, device)
+    critic = load_critic(args, policy, reward_model, device)
     prompts, held_out = (load_prompts(tokenizer, part, eos_ids, args.max_prompt_length) for part in data)
     longest = [ids + eos_ids[:1] * args.max_new_tokens for _, ids in prompts + held_out]
-    check_model(policy, longest, "--max-prompt-length, --max-new-tokens")
+    for name, model in (("--model", policy), (f"--reward {args.reward}", reward_model)):
+        if model is not None:
+            check_model(model, longest, name, "--max-prompt-length, --max-new-tokens")
     models = {"policy": policy} | ({"critic": critic} if critic else {})
     rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
     groups = [{"params": list(model.parameters())} for model in models.values()]
@@ -470,7 +481,7 @@ def main(args: Args) -> dict:
         sums, gaps = {}, []
         for epoch in range(args.update_epochs):
             order = torch.randperm(episodes, generator=generator(update * args.update_epochs + epoch))
-            for minibatch in order.split(args.batch_size):
+            for number, minibatch in enumerate(order.split(args.batch_size)):
                 tokens = mask[minibatch].sum()  # of the whole optimizer step
                 for index in minibatch.split(args.micro_batch_size):
                     m, old, advantage = mask[index], old_logprobs[index], advantages[index]
@@ -488,21 +499,22 @@ def main(args: Args) -> dict:
                         terms |= {"loss/value": losses, "val/clipfrac": clipped}
                     for name, value in terms.items():
                         sums[name] = sums.get(name, 0.0) + torch.where(m, value.detach().float(), 0.0).sum()
-                    if not gaps:  # nothing has been updated yet: only the sampler's arithmetic differs
+                    if epoch == number == 0:  # before the first step only the sampler's arithmetic differs
                         gaps.append(torch.where(m, logprobs.detach() - old, 0.0).abs().max().item())
                 norms = {name: torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
                          for name, model in models.items()}
-                if not math.isfinite(sum(norms.values())):
-                    fail(f"update {update + 1}: gradient norms {norms}: lower --learning-rate; the last "
-                         f"checkpoint, if any, is in {run / 'state'}")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+        sizes = [torch.nn.utils.get_total_norm(model.parameters()).item() for model in models.values()]
+        if not math.isfinite(sum(norms.values()) + sum(sizes)):
+            fail(f"update {update + 1}: gradient norms {norms}, weights {sizes}: lower --learning-rate or "
+                 f"--critic-learning-rate; the last checkpoint, if any, is in {run / 'state'}")
         update, num_tokens = update + 1, num_tokens + batch_tokens
 
         # 3d. log, save
         metrics |= {name: value.item() / (args.update_epochs * batch_tokens) for name, value in sums.items()}
         metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        metrics |= {"policy/logprob_gap": gaps[0], "learning_rate": optimizer.param_groups[0]["lr"],
+        metrics |= {"policy/logprob_gap": max(gaps), "learning_rate": optimizer.param_groups[0]["lr"],
                     "num_tokens": num_tokens, "episode": update * episodes,
                     "tokens_per_second": batch_tokens / (time.time() - began)}
         log(update, metrics)

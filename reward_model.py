@@ -20,6 +20,7 @@ One CUDA GPU, a real model and data:     python reward_model.py --model Qwen/Qwe
     --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-5 --micro-batch-size 8 --max-length 2048
 """
 
+import contextlib
 import json
 import math
 import os
@@ -123,9 +124,11 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
     explicit_pairs([row for row in rows if "completions" not in row])
     flat = []
     for row in rows:
-        row["mu"] = 1.0 if "completions" in row else row["mu"]
-        texts = row.setdefault("completions", [row.get("chosen"), row.get("rejected")])
-        ranking = row.setdefault("ranking", [1, 2])
+        if "completions" not in row:
+            row.update(completions=[row["chosen"], row["rejected"]], ranking=[1, 2])
+        elif row.setdefault("mu", 1.0) != 1.0:
+            fail(f"{row['_where']}: mu is for chosen and rejected; give the completions a ranking")
+        texts, ranking = row["completions"], row.get("ranking")
         if not isinstance(texts, list) or len(texts) < 2:
             fail(f"{row['_where']}: completions must be a list of two or more")
         if not isinstance(ranking, list) or [type(r) for r in ranking] != [int] * len(texts):
@@ -170,9 +173,9 @@ def load_reward_model(name, args, device):
     Others look for the last token that is not padding, so the pad token must not be an EOS: if it is, a new
     one is added. fp32 weights whatever the checkpoint's dtype, dropout off in every layer.
     """
-    folder = Path(name)
+    folder, flag = Path(name), "--score needs a reward model," if args.score else "--model"
     if not folder.is_dir() and (name.count("/") != 1 or folder.parent.exists()):
-        fail(f"--model {name}: no such folder, nor a model's Hub id (owner/name)")
+        fail(f"{flag} {name}: no such folder, nor a model's Hub id (owner/name)")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(args.seed)
@@ -180,20 +183,22 @@ def load_reward_model(name, args, device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name, num_labels=1)
         config.update({key: 0.0 for key, value in vars(config).items() if "drop" in key and value})
+        eos = config.eos_token_id
+        with contextlib.suppress(OSError):  # a causal model's generation_config may name several
+            eos = transformers.GenerationConfig.from_pretrained(name).eos_token_id
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of many types, for files that are missing, broken or do not fit
-        fail(f"--model {name}: {error}")
+        fail(f"{flag} {name}: {error}")
     missing = set(info["missing_keys"])
     if not hasattr(model, "score") or missing - {"score.weight"} or (missing and args.score):
-        fail(f"--model {name}: its weights lack {', '.join(sorted(missing)[:3])}, or its class has no score")
+        fail(f"{flag} {name}: its weights lack {', '.join(sorted(missing)[:3])}, or its class has no score")
     if missing:
         torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-    eos = config.eos_token_id
     eos_ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
     eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
     if not eos_ids:
-        fail(f"--model {name}: neither its tokenizer nor its config names an EOS token")
+        fail(f"{flag} {name}: neither its tokenizer nor its generation_config names an EOS token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in eos_ids:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -291,9 +291,9 @@ BAD_ROWS = {  # the second of two rows, what the error must name besides file:2,
                               ([" good .", None], [1, 2]), ([" good .", 5], [1, 2]))},
     "completions without prompt": ({"completions": [" good .", " bad ."], "ranking": [1, 2]}, ["prompt"],
                                    "reward_model"),
+    "mu of a ranking": ({**THREE, "ranking": [1, 2, 3], "mu": "high"}, ["mu"], "reward_model"),
     "no chat template, ranking": ({"prompt": [ASK], "completions": [[REPLY], [REFUSE]], "ranking": [1, 2]},
                                   ["chat template"], "reward_model"),
-    "mu of a ranking": ({**THREE, "ranking": [1, 2, 3], "mu": "high"}, ["mu"], "reward_model"),
     **{f"p_chosen {p!r}": ({**PAIR, "p_chosen": p}, ["p_chosen", repr(p)], "reward_model") for p in ("high", 1.5)},
 }
 
@@ -521,6 +521,7 @@ import math
 
 def good(prompts, completions, **columns): return [float(len(text.split())) for text in completions]
 def whole(prompts, completions, **columns): return [len(text.split()) for text in completions]
+def marks(prompts, completions, **columns): return [float("<" in text) for text in completions]
 def raises(prompts, completions, **columns): raise KeyError("colour")
 def needs(prompts, completions, colour): return [0.0] * len(completions)
 def short(prompts, completions, **columns): return [0.0] * (len(completions) - 1)
@@ -854,7 +855,10 @@ def test_run_folder_without_critic(go):
 
 
 def test_main_returns_the_last_metrics(script, tiny, tmp_path):
-    last = launch(script, tiny())
+    """And leaves no signal handler behind."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    last = script.main(tiny())
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     rows = read(tmp_path / "run" / "metrics.jsonl")
     assert {**rows[-2], **rows[-1]} == {"step": 3, **last}
 
@@ -1400,14 +1404,24 @@ def test_score_of_a_sample_is_the_functions_less_the_penalty(go, many_ends, rewa
 
 
 @pytest.mark.parametrize("name", ["ppo"])
+def test_texts_for_a_reward_function_hold_no_eos(go, rewards):
+    start, *_ = read(go("run", reward=f"{rewards}:marks", missing_eos_penalty=0.0, eval_samples=64,
+                        max_new_tokens=24, total_episodes=4) / "metrics.jsonl")
+    assert start["eval/completions/eos_rate"] > 0.05 and start["eval/objective/scores"] == 0
+
+
+@pytest.mark.parametrize("name", ["ppo"])
 def test_score_of_a_sample_is_the_reward_models(go, starts):
-    """Less its mean reward, read at the last token; no sample has an EOS."""
+    """Less its mean reward, read where the reward model was trained to be read: at an EOS, of a response that
+    was cut before its own as well.
+    """
     model, tokenizer = load(starts / "reward1", "reward_model"), transformers.AutoTokenizer.from_pretrained(DATA / "model")
     rows = read(go("run", missing_eos_penalty=0.0, eval_samples=6) / "samples.jsonl")
     rows = [row for row in rows if len(row["completion"].split()) == 8]
     assert len(rows) > 6
     for row in rows:
-        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
+        ids = tokenizer(row["prompt"] + row["completion"] + "<eos>", return_tensors="pt")["input_ids"]
+        assert ids[0, -1] == tokenizer.eos_token_id
         with torch.no_grad():
             score = model(input_ids=ids).logits.item() - model.config.reward_mean
         assert row["score"] == pytest.approx(score, abs=1e-5)
@@ -1438,7 +1452,7 @@ def test_objectives_add_up(go, many_ends):
             "scores", "kl", "non_score_reward", "rlhf_reward"))
         assert total == pytest.approx(scores + penalty)
         assert used is None or penalty == pytest.approx(-used * kl)
-    assert used is None and kl != 0
+    assert used is None and abs(kl) > 1e-2  # by now the policy has left the reference
 
 
 @pytest.mark.parametrize("name", ["ppo"])
@@ -1564,7 +1578,7 @@ def test_missing_start_that_cannot_be_made(script, tiny, tmp_path, monkeypatch):
 
 # ---- 7. The house ----
 
-BUDGETS = {"bandit_bt": 320, "sft": 300, "reward_model": 394, "dpo": 360, "grpo": 420, "ppo": 530,
+BUDGETS = {"bandit_bt": 320, "sft": 300, "reward_model": 405, "dpo": 360, "grpo": 420, "ppo": 550,
            "common": 575}
 SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 HOUSE = [stem for stem in SOURCES if stem != "common"]
@@ -1582,7 +1596,7 @@ def test_size(stem):
     assert 1 <= len(ast.get_docstring(tree).splitlines()) <= 30
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name == "Args":
-            assert len(node.body) <= 35
+            assert len(node.body) <= 38
 
 
 @pytest.mark.parametrize("stem", SOURCES)

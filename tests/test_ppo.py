@@ -459,7 +459,8 @@ def load(args):
     reward, model = ppo.load_reward(args.reward, tokenizer, [2, 7], args, CPU, contextlib.nullcontext)
     own = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward).eval()
     own = own.to(next(model.parameters()).dtype)
-    return reward, model, ppo.load_critic(args, model, CPU), own
+    policy = ppo.load_model(args, CPU)[0]
+    return reward, model, ppo.load_critic(args, policy, model, CPU), own
 
 
 def test_critic_is_the_reward_model_at_every_prefix(tiny, double):
@@ -515,7 +516,7 @@ def test_critic_of_the_policy_starts_at_zero(tiny, kind):
     name = next(name for name in body if name.endswith(("mlp.c_fc.weight", "mlp.up_proj.weight")))
     own = dict(critic.named_parameters())
     assert torch.equal(body[name], own[name if name in own else f"{critic.base_model_prefix}.{name}"])
-    assert ppo.load_critic(tiny(critic="none"), None, CPU) is None
+    assert ppo.load_critic(tiny(critic="none"), None, None, CPU) is None
 
 
 @pytest.mark.parametrize("critic", ["reward", "policy"])
@@ -612,7 +613,7 @@ def test_prompts_are_prefixes_of_what_sft_trains_on(bpe_tokenizer, monkeypatch):
     monkeypatch.setattr(bpe_tokenizer, "chat_template", CHAT_TEMPLATE)
     rows = [{"prompt": "Answer: ", "_where": "x:1"}, {"prompt": TALK, "_where": "x:2", "extra": 7}]
     (first, plain), (second, chat) = ppo.load_prompts(bpe_tokenizer, rows, [2], 99)
-    assert first is rows[0] and second is rows[1]
+    assert first == {**rows[0], "extra": None, "_end": 2} and second == {**rows[1], "_end": 2}
     assert plain == [1, *bpe_tokenizer("Answer: ", add_special_tokens=False)["input_ids"]]
     assert chat == bpe_tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
     assert bpe_tokenizer.decode(chat).endswith("<user>help me</s>\n<assistant>")

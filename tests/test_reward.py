@@ -562,7 +562,7 @@ def test_ppo_gets_rewards_and_a_critic_of_mean_0(finished):
     got, shift = score(rows, prompts, responses), model.config.reward_mean
     assert abs(got.mean()) < 1e-5
     assert got.tolist() == pytest.approx([value - shift for value in own_scores(finished)], abs=1e-5)
-    critic = ppo.load_critic(args, model, CPU)
+    critic = ppo.load_critic(args, None, model, CPU)
     input_ids, _ = ppo.collate(prompts, responses, CPU)
     last = torch.tensor([len(x) + len(y) - 1 for x, y in zip(prompts, responses)])
     values = token_values(critic, input_ids).detach()[torch.arange(14), last]
