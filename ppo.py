@@ -283,8 +283,8 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     if tokenizer.get_vocab().items() - vocabulary.items():
         fail(f"--reward {spec}: its tokenizer is not the policy's: train it by reward_model.py from --model")
     model.to(device).eval().requires_grad_(False)
-    shift, own = getattr(model.config, "reward_mean", 0.0), model.config.eos_token_id or eos_ids
-    own = own if isinstance(own, list) else [own]
+    shift, own = getattr(model.config, "reward_mean", 0.0), model.config.eos_token_id
+    own = own if isinstance(own, list) else eos_ids if own is None else [own]
 
     def from_model(rows, prompts, responses):
         # read where it was trained to be read: at the EOS of its rows, behind a response that was cut as well

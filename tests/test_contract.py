@@ -486,11 +486,12 @@ def test_divergence_of_the_critic(refused, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
-@pytest.mark.parametrize("name, flag", [*((name, "learning_rate") for name in SCRIPTS),
-                                        ("ppo", "critic_learning_rate")])
-def test_divergence_in_the_last_step(name, flag, refused, tmp_path):
+@pytest.mark.parametrize("name, flag, rate", [
+    *((name, "learning_rate", rate) for name in SCRIPTS for rate in (1e12, 1e39)),  # finite weights, or not
+    ("ppo", "critic_learning_rate", 1e39)])
+def test_divergence_in_the_last_step(name, flag, rate, refused, tmp_path):
     """The last update, too, may ruin the model: the evaluation behind it, or a look at it, shows it."""
-    assert f"--{flag.replace('_', '-')}" in refused(**{flag: 1e39}, **one_step(name))
+    assert f"--{flag.replace('_', '-')}" in refused(**{flag: rate}, **one_step(name))
     assert not (tmp_path / "run" / "model").exists()
 
 
