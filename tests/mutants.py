@@ -1,6 +1,6 @@
 """The bug zoo: plants known bugs of RLHF code bases into a copy of this one and shows which test kills each.
 
-    python tests/mutants.py [PART OF A NAME]      prints a line a mutant and exits 1 if one survives (about three minutes)
+    python tests/mutants.py [PART OF A NAME]      prints a line a mutant and exits 1 if one survives (about half an hour)
 
 A test that has never failed proves nothing. Each entry: what is wrong, the file, the code, the wrong code, the tests.
 """
@@ -104,7 +104,7 @@ MUTANTS = [
     ("score of the token before the EOS", "ppo.py", "token_values(model, input_ids)[mask] - shift", "token_values(model, input_ids)[mask.roll(-1, 1)] - shift", "test_ppo"),
     ("score not centred", "ppo.py", "token_values(model, input_ids)[mask] - shift", "token_values(model, input_ids)[mask]", "test_ppo"),
     ("a second EOS is scored", "ppo.py", "(y[:-1] if y[-1] in eos_ids else y)", "y", "test_ppo"),
-    ("dropout left on in the critic", "ppo.py", 'num_labels=1)\n    config.update({key: 0.0 for key, value in vars(config).items() if "drop" in key and value})', "num_labels=1)", "test_ppo"),
+    ("dropout left on in the critic", "ppo.py", 'config = copy.deepcopy(source.config)\n    config.update({key: 0.0 for key, value in vars(config).items() if "drop" in key and value})', "config = copy.deepcopy(source.config)", "test_ppo"),
     ("prompt takes the completion's first token", "ppo.py", "ids[: trained.index(True)]", "ids[: trained.index(True) + 1]", "test_ppo"),
     ("reference is the policy", "ppo.py", "reference.eval().requires_grad_(False)", "reference = policy", "test_ppo"),
     ("an empty prompt is made up", "ppo.py", '"completion": "" if isinstance', '"completion": "." if isinstance', "test_ppo"),
@@ -144,7 +144,8 @@ MUTANTS = [
 
 def main() -> int:
     survivors, wanted = 0, sys.argv[1] if len(sys.argv) > 1 else ""
-    for what, file, code, wrong, tests in (mutant for mutant in MUTANTS if wanted in mutant[0]):
+    chosen = [mutant for mutant in MUTANTS if wanted in mutant[0]]
+    for what, file, code, wrong, tests in chosen:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "copy"
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("runs", ".git", "__pycache__", ".venv"))
@@ -160,7 +161,7 @@ def main() -> int:
             killer = next((line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
             survivors += not killer
             print(f"{'killed   ' if killer else 'SURVIVED '} {what}: {killer[:100] or tests}", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
     return 1 if survivors else 0
 
 
