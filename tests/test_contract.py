@@ -590,7 +590,8 @@ def test_model_without_a_class_for_a_critic(refused, starts, tmp_path):
     folder = copy_model(starts, tmp_path / "opt", drop="model.safetensors")
     transformers.OPTForCausalLM(transformers.OPTConfig(
         vocab_size=96, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, bos_token_id=1,
-        max_position_embeddings=64, word_embed_proj_dim=16, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+        max_position_embeddings=64, word_embed_proj_dim=16, eos_token_id=1, pad_token_id=0,
+    )).save_pretrained(folder)
     assert "--critic" in refused(model=str(folder), critic="policy")
 
 
@@ -894,7 +895,8 @@ def test_the_right_models_are_trained(go, starts):
     """The policy, and the critic; neither the reference's nor the reward model's weights are what is saved."""
     run = go("run")
     for part, start in (("model", "run1"), ("critic", "reward1")):
-        before, after = (load_file(folder / "model.safetensors") for folder in (starts / start / "model", run / part))
+        folders = (starts / start / "model", run / part)
+        before, after = (load_file(folder / "model.safetensors") for folder in folders)
         moved = [key for key in after if key in before and not torch.equal(before[key], after[key])]
         assert len(moved) == len(before) > 15
     assert load_file(run / "critic" / "model.safetensors")["score.bias"] != 0
@@ -1191,7 +1193,8 @@ def test_each_response_once_an_epoch(name, go, script, monkeypatch, tmp_path):
 @pytest.mark.parametrize("anneal", [True, False])
 def test_learning_rates(go, warmup, anneal):
     peak, steps = 1e-3, 9
-    rates = [row["learning_rate"] for row in trained_rows(go("run", epochs=3, warmup_steps=warmup, anneal_lr=anneal))]
+    rows = trained_rows(go("run", epochs=3, warmup_steps=warmup, anneal_lr=anneal))
+    rates = [row["learning_rate"] for row in rows]
     rising = [peak * (k + 1) / warmup for k in range(warmup)]
     falling = [peak * (1 - k / (steps - warmup)) if anneal else peak for k in range(steps - warmup)]
     assert rates == pytest.approx(rising + falling, rel=1e-9)
@@ -1249,8 +1252,8 @@ INERT = {"output_dir", "resume", "micro_batch_size", "save_every", "device", "gr
          "track", "wandb_project_name", "score"}  # these must not change a number; each has its own test here
 OPTIONS = {
     "model": "run2/model", "reward": "reward2/model", "dataset": "_other.jsonl", "eval_dataset": "_other.jsonl",
-    "critic": "none", "seed": 2, "num_train_epochs": 2, "total_episodes": 16, "batch_size": 8, "num_minibatches": 1,
-    "update_epochs": 1, "max_length": 12, "max_prompt_length": 5, "max_new_tokens": 3, "temperature": 0.7,
+    "critic": "none", "seed": 2, "num_train_epochs": 2, "total_episodes": 16, "batch_size": 8,
+    "num_minibatches": 1, "update_epochs": 1, "max_length": 12, "max_prompt_length": 5, "max_new_tokens": 3, "temperature": 0.7,
     "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "warmup_steps": 2, "anneal_lr": False,
     "weight_decay": 1.0, "max_grad_norm": 1e-6, "beta": 0.1, "label_smoothing": 0.2, "kl_coef": 3.0,
     "target_kl": 0.0, "kl_horizon": 16, "gamma": 0.5, "gae_lambda": 0.5, "clip_coef": 1e-3,
@@ -1352,7 +1355,8 @@ def log(**inputs):
     prompts = [[{"role": "user", "content": text}] for text in texts] if chat else texts
     rows = [{"prompt": prompt, "number": i, **({"answer": [i]} if i % 3 else {})}
             for i, prompt in enumerate(prompts)]
-    model = copy_model(starts, tmp_path / "model", **({"chat_template__jinja": CHAT_TEMPLATE.encode()} if chat else {}))
+    template = {"chat_template__jinja": CHAT_TEMPLATE.encode()} if chat else {}
+    model = copy_model(starts, tmp_path / "model", **template)
     path = write(tmp_path / "rows.jsonl", rows)
     run = go("run", model=str(model), dataset=path, eval_dataset=path, reward=f"{tmp_path / 'log.py'}:log",
              missing_eos_penalty=0.0)
@@ -1416,7 +1420,8 @@ def test_score_of_a_sample_is_the_reward_models(go, starts):
     """Less its mean reward, read where the reward model was trained to be read: at an EOS, of a response that
     was cut before its own as well.
     """
-    model, tokenizer = load(starts / "reward1", "reward_model"), transformers.AutoTokenizer.from_pretrained(DATA / "model")
+    model = load(starts / "reward1", "reward_model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "model")
     rows = read(go("run", missing_eos_penalty=0.0, eval_samples=6) / "samples.jsonl")
     rows = [row for row in rows if len(row["completion"].split()) == 8]
     assert len(rows) > 6
@@ -1457,10 +1462,15 @@ def test_objectives_add_up(go, many_ends):
 
 
 @pytest.mark.parametrize("name", ["ppo"])
-def test_kl_coefficient_adapts(go):
-    """By at most 20 % in --kl-horizon responses; here a KL near 0 is far below its target."""
+def test_kl_coefficient_adapts(go, script, monkeypatch):
+    """By at most 20 % in --kl-horizon responses; here a KL near 0 is far below its target. What is logged is
+    what the rewards are made with.
+    """
+    used, token_rewards = [], script.token_rewards
+    monkeypatch.setattr(script, "token_rewards", lambda *args: used.append(args[-1]) or token_rewards(*args))
     rows = trained_rows(go("run", target_kl=5.0))
     assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.3 * 0.98**k for k in range(3)])
+    assert [row["objective/kl_coef"] for row in rows] == used
 
 
 @pytest.mark.parametrize("name", ["ppo"])
@@ -1545,7 +1555,8 @@ def test_bad_file_to_score(refused, scorer, tmp_path, rows):
     assert not (tmp_path / "bad.scores.jsonl").exists()
 
 
-MAKERS = {"dpo": {"sft": "run1"}, "reward_model": {"sft": "run1"}, "ppo": {"sft": "run1", "reward_model": "reward1"}}
+MAKERS = {"dpo": {"sft": "run1"}, "reward_model": {"sft": "run1"},
+          "ppo": {"sft": "run1", "reward_model": "reward1"}}
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -1570,8 +1581,8 @@ def test_missing_start_is_made(name, script, go, starts, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", MAKERS)
 def test_missing_start_that_cannot_be_made(script, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    calls = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command) or types.SimpleNamespace(returncode=5))
+    calls, failed = [], types.SimpleNamespace(returncode=5)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command) or failed)
     with pytest.raises(SystemExit) as stop:
         launch(script, tiny(model=script.Args.model))
     assert stop.value.code == 5 and len(calls) == 1
