@@ -138,6 +138,21 @@ MUTANTS = [
     ("pipelines squash the score", "reward_model.py", 'model.config.problem_type = "regression"', 'config.problem_type = "regression"', "test_reward"),
     ("--score forgets the mean", "reward_model.py", '"reward": score - mean}', '"reward": score}', "test_reward"),
     ("a value off by one position", "common.py", "return head(hidden.to(head.weight.dtype)).squeeze(-1)", "return head(hidden.to(head.weight.dtype)).squeeze(-1).roll(1, dims=1)", "test_reward"),
+    ("no check of the evaluation", "ppo.py", 'if not math.isfinite(after["eval/objective/rlhf_reward"]):', "if False:", "test_contract"),
+    ("NaN rewards pass", "ppo.py", " or not all(map(math.isfinite, scores)):", ":", "test_contract"),
+    ("number of rewards unchecked", "ppo.py", "if len(scores) != len(rows) or", "if", "test_contract"),
+    ("a random reward head", "ppo.py", 'if info["missing_keys"] or model.config', "if model.config", "test_contract"),
+    ("long prompts dropped in silence", "ppo.py", "if len(kept) < len(prompts):", "if False:", "test_contract"),
+    ("uneven episodes unchecked", "ppo.py", "if args.total_episodes % episodes:", "if False:", "test_contract"),
+    ("pickled reward models", "ppo.py", "spec, dtype=torch.float32, use_safetensors=True, output", "spec, dtype=torch.float32, output", "test_contract"),
+    ("critic trains with the policy's gradients left", "ppo.py", "optimizer.zero_grad(set_to_none=True)", "policy.zero_grad()", "test_contract"),
+    ("a start without layers (reward model)", "reward_model.py", 'missing - {"score.weight"}', "False", "test_contract"),
+    ("rankings of floats (reward model)", "reward_model.py", "[type(r) for r in ranking] != [int] * len(texts)", "len(ranking) != len(texts)", "test_contract"),
+    ("no check of the loss (reward model)", "reward_model.py", 'if not math.isfinite(metrics["loss"] + grad_norm):', "if False:", "test_contract"),
+    ("warm-up from 0 (reward model)", "reward_model.py", "(step + 1) / max(args.warmup_steps, 1)", "step / max(args.warmup_steps, 1)", "test_contract"),
+    ("no check of gradients and weights", "ppo.py", "if not math.isfinite(sum(norms.values()) + sum(sizes)):", "if False:", "test_contract"),
+    ("reward model unchecked", "ppo.py", '(("--model", policy), (f"--reward {args.reward}", reward_model))', '(("--model", policy),)', "test_contract"),
+    ("a ranking by default (reward model)", "reward_model.py", 'row["completions"], row.get("ranking")', 'row["completions"], row.setdefault("ranking", [1, 2])', "test_contract"),
 ]
 # fmt: on
 
