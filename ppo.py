@@ -451,8 +451,8 @@ def main(args: Args) -> dict:
 
         # 3a. rollout: the next prompts of an order that is drawn anew for each pass over them
         numbers = range(update * episodes, (update + 1) * episodes)
-        orders = {k // len(prompts): generator(k // len(prompts)) for k in numbers}
-        orders = {epoch: torch.randperm(len(prompts), generator=g) for epoch, g in orders.items()}
+        epochs = {k // len(prompts) for k in numbers}
+        orders = {epoch: torch.randperm(len(prompts), generator=generator(epoch)) for epoch in epochs}
         rows = [prompts[orders[k // len(prompts)][k % len(prompts)]] for k in numbers]
         batch, metrics = rollout(policy, reference, reward, rows, eos_ids, kl_coef, args, autocast,
                                  args.seed + 1000 * (update + 1))
