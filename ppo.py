@@ -183,13 +183,13 @@ def align(x, mask, R):
     return x.new_zeros(real.shape).masked_scatter(real, x[mask])
 
 
-def response_logprobs(model, batch, index, args, autocast):
-    """Log-probs of these responses' tokens, and the entropy each was drawn with: (b, R) each, nats."""
+def response_logprobs(model, batch, index, args, autocast, entropy=False):
+    """[log-probs of these responses' tokens, the entropy each was drawn with if asked]: (b, R) each, nats."""
     prompts, responses = ([batch[key][j] for j in index] for key in ("prompts", "responses"))
     input_ids, mask = collate(prompts, responses, model.device)
     with autocast():
-        both = sequence_logprobs(model, input_ids, mask, temperature=args.temperature, entropy=True)
-    return [align(x, mask, batch["mask"].shape[1]) for x in both]
+        result = sequence_logprobs(model, input_ids, mask, temperature=args.temperature, entropy=entropy)
+    return [align(x, mask, batch["mask"].shape[1]) for x in (result if entropy else [result])]
 
 
 def response_values(critic, batch, index, autocast):
@@ -242,7 +242,8 @@ def load_model(args, device):
 def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     """(reward, model): reward(rows, prompts, responses) -> scores (B,) of data rows and token ids; model is
     the reward model, or None if spec is file.py:function. That is called as TRL calls it, fn(prompts,
-    completions, **columns), with texts or, where the prompt is one, with lists of messages.
+    completions, **columns), with texts or, where the prompt is one, with lists of messages. NaN stands for a
+    None, by which a function says that a row is not its business.
     """
     file, _, name = spec.rpartition(":")
     if file.endswith(".py"):
@@ -262,12 +263,12 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
                        if key not in ("prompt", "completion", "_where", "_end")}
             try:
                 scores = function(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
-                scores = [float(score) for score in scores]
+                scores = [None if score is None else float(score) for score in scores]
             except Exception as error:
                 fail(f"--reward {spec}: {error!r}")
-            if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
+            if len(scores) != len(rows) or not all(score is None or math.isfinite(score) for score in scores):
                 fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
-            return torch.tensor(scores, device=device)
+            return torch.tensor([math.nan if score is None else score for score in scores], device=device)
 
         return from_function, None
     if not Path(spec).is_dir() and (spec.count("/") != 1 or Path(spec).parent.exists()):
@@ -361,6 +362,8 @@ def rollout(policy, reference, reward, rows, eos_ids, kl_coef, args, autocast, s
                                        for index in torch.arange(len(rows)).split(args.micro_batch_size)])
     batch["kl"] = torch.where(mask, kl_estimate(logprobs, batch["ref_logprobs"], "k1"), 0.0).sum(1)
     batch["scores"] = reward(rows, prompts, responses) - args.missing_eos_penalty * ~finished
+    if batch["scores"].isnan().any():
+        fail(f"--reward {args.reward}: gives None: every completion needs a score")
     scores, kl = batch["scores"].mean().item(), batch["kl"].mean().item()
     return batch, {
         "objective/scores": scores, "objective/kl": kl, "objective/non_score_reward": -kl_coef * kl,
@@ -402,8 +405,7 @@ def main(args: Args) -> dict:
     # 2. models, prompts, optimizer
     data = split_rows(args.dataset, args.eval_dataset)
     policy, tokenizer, eos_ids = load_model(args, device)
-    reference, *_ = load_model(args, device)
-    reference.eval().requires_grad_(False)
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
     reward, reward_model = load_reward(args.reward, tokenizer, eos_ids, args, device, autocast)
     critic = load_critic(args, policy, reward_model, device)
     prompts, held_out = (load_prompts(tokenizer, part, eos_ids, args.max_prompt_length) for part in data)
@@ -485,7 +487,7 @@ def main(args: Args) -> dict:
                 tokens = mask[minibatch].sum()  # of the whole optimizer step
                 for index in minibatch.split(args.micro_batch_size):
                     m, old, advantage = mask[index], old_logprobs[index], advantages[index]
-                    logprobs, entropy = response_logprobs(policy, batch, index, args, autocast)
+                    logprobs, entropy = response_logprobs(policy, batch, index, args, autocast, entropy=True)
                     losses, ratio = ppo_loss(logprobs, old, advantage, m, args.clip_coef)
                     (losses.sum() / tokens).backward()
                     terms = {"loss/policy": losses, "policy/clipfrac": losses > -advantage * ratio,

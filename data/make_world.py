@@ -10,8 +10,8 @@ sigma(r(a) - r(b)), on two responses drawn from the same grammar: a pair is judg
 exactly the Bradley-Terry probability: ties carry no bias. Rankings of four are drawn from Plackett-Luce
 (sorting r + Gumbel noise), tied where two noisy scores fall into the same quarter.
 
-Sums. "12 + 7 =" with demonstrations that are mostly wrong: right 0.3, one too many 0.4 (the misconception),
-slips 0.3.
+Sums. "47 + 8 =", a number of two digits and one of one, with demonstrations that are mostly wrong: right 0.3,
+one too many 0.4 (the misconception), slips 0.3. No answer is right for more than 10 of the 800 sums.
 
 Only Random.random() is used, whose stream is the same in every Python 3.
 """
@@ -37,7 +37,7 @@ OPENINGS = {"the X was S and also S .": 0.4, "i V the X , it was S .": 0.3, "the
 CLOSINGS = {"": 0.5, "overall it seemed S .": 0.5}
 
 SIZES = {"demonstrations": 4000, "demonstrations_test": 2000, "preferences": 20000, "preferences_test": 2000}
-RANKINGS, RANKINGS_TEST, LARGEST_TERM, SUMS_PER_PROBLEM = 1500, 300, 29, 6
+RANKINGS, RANKINGS_TEST, SUMS_PER_PROBLEM = 1500, 300, 9
 
 
 def pick(rng: random.Random, weights: dict) -> str:
@@ -112,8 +112,7 @@ def ranking(rng: random.Random, prompt: str, aspect: str) -> dict:
 
 def sums(rng: random.Random) -> tuple[list[dict], list[dict], list[dict]]:
     """(demonstrations, training prompts with answers, held-out prompts with answers)."""
-    terms = range(LARGEST_TERM + 1)
-    problems = shuffled(rng, [(a, b) for a in terms for b in terms])
+    problems = shuffled(rng, [(a, b) for a in range(10, 90) for b in range(10)])
     held_out = len(problems) // 10
     rows = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a, b in problems]
     demonstrations = []

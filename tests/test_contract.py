@@ -1737,7 +1737,7 @@ def test_held_out_prompts_are_held_out():
     assert (len(reviews), len(held_out), len(reviews & held_out)) == (48, 12, 0)
     assert not prompts["sums_prompts_test"] & (prompts["sums"] | prompts["sums_prompts"])
     assert prompts["sums"] == prompts["sums_prompts"]
-    assert len(prompts["sums_prompts"] | prompts["sums_prompts_test"]) == 900
+    assert len(prompts["sums_prompts"] | prompts["sums_prompts_test"]) == 800
 
 
 def probability(text, aspect) -> float:

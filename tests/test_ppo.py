@@ -341,9 +341,9 @@ def watch(monkeypatch):
     def start(name):
         calls, function = [], getattr(ppo, name)
 
-        def wrapper(*inputs):
+        def wrapper(*inputs, **options):
             before = tuple(x.clone() if torch.is_tensor(x) else x for x in inputs)
-            result = function(*inputs)
+            result = function(*inputs, **options)
             calls.append((before, result))
             return result
 
@@ -388,7 +388,8 @@ def make_batch(prompts, responses):
 
 def score_logprobs(model, batch, temperature=1.0, index=None):
     index = torch.arange(len(batch["prompts"])) if index is None else index
-    return ppo.response_logprobs(model, batch, index, ppo.Args(temperature=temperature), contextlib.nullcontext)
+    args = ppo.Args(temperature=temperature)
+    return ppo.response_logprobs(model, batch, index, args, contextlib.nullcontext, entropy=True)
 
 
 def naive_response(model, prompt, response, temperature=1.0):
@@ -691,11 +692,11 @@ def test_without_learning_rate_nothing_moves(tiny, watch, tmp_path):
 
 
 def test_reference_and_reward_model_never_change(tiny, watch):
-    loaded, rewards, critics = watch("load_model"), watch("load_reward"), watch("load_critic")
+    rollouts, rewards, critics = watch("rollout"), watch("load_reward"), watch("load_critic")
     seen = watch("token_rewards")
     args = tiny(total_episodes=24, learning_rate=5e-3)
     metrics = ppo.main(args)
-    (_, (policy, *_)), (_, (reference, *_)) = loaded
+    (policy, reference, *_), _ = rollouts[-1]
     ((_, (_, reward_model)),), ((_, critic),) = rewards, critics
     groups = [{x.data_ptr() for x in part.state_dict().values()}
               for part in (policy, reference, reward_model, critic)]  # fmt: skip
