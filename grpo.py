@@ -9,7 +9,8 @@ over G responses y_i ~ pi_old( . | x) to each prompt x: Eqs. 1 to 3 of arXiv:250
 What is done differently from these equations, and why:
 1. rho and KL are each token's, and a response's loss is the mean over its tokens (Eqs. 3 and 4 of
    arXiv:2402.03300, what everyone runs): a product over hundreds of tokens leaves the clip's range at once.
-   --importance-sampling-level sequence takes those of the whole response, as written above.
+   --importance-sampling-level sequence takes those of the whole response, as written above; there (2), the
+   exponential of a sum, explodes: better k2, or --kl-in reward.
 2. Its optimum is not pi* = pi_ref exp(r / beta) / Z. On samples of pi, (2) has the gradient of
    KL(pi_ref || pi), which ends at beta pi_ref / (lambda - r); and no token answers for the KL of later ones.
    --kl-in reward makes r - beta log(pi / pi_ref) the reward, and pi* the optimum.
@@ -93,8 +94,8 @@ class Args:
 
 
 def zero_std(rewards):
-    """Which groups, rows of rewards (P, G), hold one value only and so teach nothing: (P,)."""
-    return rewards.amax(1) == rewards.amin(1)
+    """Which groups, rows of rewards (P, G), hold one value but for rounding, and so teach nothing: (P,)."""
+    return rewards.amax(1) - rewards.amin(1) <= 100 * torch.finfo(rewards.dtype).eps  # 1e-5 in fp32
 
 
 def group_advantages(rewards, baseline="mean", scale_rewards="group"):
@@ -118,7 +119,7 @@ def group_advantages(rewards, baseline="mean", scale_rewards="group"):
     if scale_rewards != "none":
         std = rewards.std(1, keepdim=True) if scale_rewards == "group" else rewards.std()
         advantages = advantages / (std + 1e-4)  # Eq. 3
-    return torch.where(zero_std(rewards)[:, None], 0.0, advantages)  # a mean of equal floats is rounded
+    return torch.where(zero_std(rewards)[:, None], 0.0, advantages)  # else rounding would be divided by 1e-4
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, kl_coef, kl_estimator="k3",
@@ -132,7 +133,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, kl_coef, k
     logprobs, old, ref = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, ref_logprobs))
     if importance_sampling_level == "sequence":
         logprobs, old, ref = (x.sum(1, keepdim=True) for x in (logprobs, old, ref))  # (B, 1)
-    ratio, advantages = (logprobs - old).exp(), advantages[:, None]  # (B, R) or (B, 1), (B, 1)
+    ratio = (logprobs - old).clamp(max=80).exp()  # (B, R) or (B, 1); an overflow would make 0 * inf
+    advantages = advantages[:, None]  # (B, 1)
     free, clipped = ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef_high) * advantages
     losses = -torch.min(free, clipped)  # Eq. 1
     if kl_coef:
@@ -156,7 +158,7 @@ def load_prompts(tokenizer, rows, eos_ids, max_prompt_length):
     """Rows to (row, prompt's token ids), with the very ids that the prompt has in front of a completion."""
     for row in rows:
         if not isinstance(row.get("prompt"), (str, list)):
-            fail(f"{row['_where']}: needs prompt, text or messages; has {sorted(set(row) - {'_where'})}")
+            fail(f"{row['_where']}: needs prompt, as text or messages; has {sorted(set(row) - {'_where'})}")
     columns = dict.fromkeys(key for row in rows for key in row)
     chat = [{"role": "assistant", "content": "."}]
     probes = [{**row, "completion": "" if isinstance(row["prompt"], str) else chat} for row in rows]
@@ -241,8 +243,8 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     """
     file, _, name = spec.rpartition(":")
     if file.endswith(".py"):
-        source = importlib.util.spec_from_file_location("reward", file)
-        module = sys.modules["reward"] = importlib.util.module_from_spec(source)
+        source = importlib.util.spec_from_file_location(spec.replace(".", "_"), file)  # a name of its own
+        module = sys.modules[source.name] = importlib.util.module_from_spec(source)
         try:
             source.loader.exec_module(module)
             function = getattr(module, name)
@@ -260,7 +262,7 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
                 scores = [None if score is None else float(score) for score in scores]
             except Exception as error:
                 fail(f"--reward {spec}: {error!r}")
-            if len(scores) != len(rows) or not all(score is None or math.isfinite(score) for score in scores):
+            if len(scores) != len(rows) or not all(score is None or abs(score) < 1e30 for score in scores):
                 fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
             return torch.tensor([math.nan if score is None else score for score in scores], device=device)
 
@@ -291,7 +293,8 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
             input_ids, mask = collate(bodies[s], ends[s], device)
             with torch.no_grad(), autocast():
                 scores.append(token_values(model, input_ids)[mask] - shift)  # (b,)
-        return torch.cat(scores)
+        scores = torch.cat(scores)
+        return scores if scores.isfinite().all() else fail(f"--reward {spec}: a score that is not finite")
 
     return from_model, model
 
@@ -385,7 +388,7 @@ def main(args: Args) -> dict:
         fail(f"--num-generations {G}: at least 2, and a divisor of an update's {episodes} responses")
     if not args.reward or len(args.reward_weights) not in (0, len(args.reward)):
         fail(f"--reward, --reward-weights: {len(args.reward)} rewards and {len(args.reward_weights)} weights")
-    if not all(map(math.isfinite, args.reward_weights)):
+    if not all(abs(weight) < 1e6 for weight in args.reward_weights):
         fail(f"--reward-weights {args.reward_weights}: out of range")
     kl_estimator = args.kl_estimator
     if kl_estimator == "auto":
@@ -454,17 +457,16 @@ def main(args: Args) -> dict:
         mask, old_logprobs, ref_logprobs = (batch[key] for key in ("mask", "logprobs", "ref_logprobs"))
 
         # 3b. advantages within the groups
-        rewards = batch["rewards"]  # (B,)
-        if args.kl_in == "reward":
-            kl = torch.where(mask, kl_estimate(old_logprobs, ref_logprobs, kl_estimator), 0.0)
-            rewards = rewards - args.kl_coef * kl.sum(1)
-        groups = rewards.view(-1, G)  # (P, G)
-        advantages = group_advantages(groups, args.baseline, args.scale_rewards).view(-1)  # (B,)
+        groups = batch["rewards"].view(-1, G)  # (P, G)
         empty, kept = zero_std(groups).cpu(), torch.arange(episodes)
         if args.drop_zero_std:
             kept = kept[~empty.repeat_interleave(G)]
         metrics |= {"reward_std": groups.std(1).mean().item(),
                     "frac_reward_zero_std": empty.float().mean().item()}
+        if args.kl_in == "reward":
+            kl = torch.where(mask, kl_estimate(old_logprobs, ref_logprobs, kl_estimator), 0.0)
+            groups = groups - args.kl_coef * kl.sum(1).view(-1, G)
+        advantages = group_advantages(groups, args.baseline, args.scale_rewards).view(-1)  # (B,)
 
         # 3c. update, with a learning rate that falls to 0
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * update / num_updates)

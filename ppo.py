@@ -154,7 +154,7 @@ def load_prompts(tokenizer, rows, eos_ids, max_prompt_length):
     """Rows to (row, prompt's token ids), with the very ids that the prompt has in front of a completion."""
     for row in rows:
         if not isinstance(row.get("prompt"), (str, list)):
-            fail(f"{row['_where']}: needs prompt, text or messages; has {sorted(set(row) - {'_where'})}")
+            fail(f"{row['_where']}: needs prompt, as text or messages; has {sorted(set(row) - {'_where'})}")
     columns = dict.fromkeys(key for row in rows for key in row)
     chat = [{"role": "assistant", "content": "."}]
     probes = [{**row, "completion": "" if isinstance(row["prompt"], str) else chat} for row in rows]
@@ -247,8 +247,8 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     """
     file, _, name = spec.rpartition(":")
     if file.endswith(".py"):
-        source = importlib.util.spec_from_file_location("reward", file)
-        module = sys.modules["reward"] = importlib.util.module_from_spec(source)
+        source = importlib.util.spec_from_file_location(spec.replace(".", "_"), file)  # a name of its own
+        module = sys.modules[source.name] = importlib.util.module_from_spec(source)
         try:
             source.loader.exec_module(module)
             function = getattr(module, name)
@@ -266,7 +266,7 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
                 scores = [None if score is None else float(score) for score in scores]
             except Exception as error:
                 fail(f"--reward {spec}: {error!r}")
-            if len(scores) != len(rows) or not all(score is None or math.isfinite(score) for score in scores):
+            if len(scores) != len(rows) or not all(score is None or abs(score) < 1e30 for score in scores):
                 fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
             return torch.tensor([math.nan if score is None else score for score in scores], device=device)
 
@@ -297,7 +297,8 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
             input_ids, mask = collate(bodies[s], ends[s], device)
             with torch.no_grad(), autocast():
                 scores.append(token_values(model, input_ids)[mask] - shift)  # (b,)
-        return torch.cat(scores)
+        scores = torch.cat(scores)
+        return scores if scores.isfinite().all() else fail(f"--reward {spec}: a score that is not finite")
 
     return from_model, model
 

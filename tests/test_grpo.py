@@ -1,0 +1,1327 @@
+"""GRPO: advantages, losses and token weights by hand, by loops and by enumeration; rollouts and whole updates of
+grpo.main against single rows and float64 autograd; the optima and exact gradients that each setting has.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import random
+import statistics
+from functools import lru_cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from common import kl_estimate
+from conftest import LENGTHS, VOCABULARY, make_model, ragged_rows
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import grpo
+
+CPU = torch.device("cpu")
+MASK = torch.arange(16) < torch.tensor(LENGTHS)[:, None]  # (4, 16)
+POISON = [1e4, math.inf, -math.inf, math.nan]
+BASELINES, SCALES = ("mean", "leave_one_out"), ("group", "batch", "none")
+ESTIMATORS, LEVELS, LOSS_TYPES = ("k1", "k2", "k3"), ("token", "sequence"), ("grpo", "dapo", "dr_grpo")
+RLOO = {"kl_in": "reward", "baseline": "leave_one_out", "scale_rewards": "none",
+        "importance_sampling_level": "sequence"}  # fmt: skip
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def poisoned(x, poison, mask=MASK):
+    return torch.where(mask, x, poison)
+
+
+def pure(function, *inputs, **options):
+    """function(*inputs), which has to leave its inputs as they are."""
+    copies = [x.detach().clone() if torch.is_tensor(x) else x for x in inputs]
+    result = function(*inputs, **options)
+    for x, copy in zip(inputs, copies):
+        assert not torch.is_tensor(x) or torch.equal(x.nan_to_num(7.0), copy.nan_to_num(7.0))
+    return result
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---- Token weights ----
+
+
+def test_three_aggregations_by_hand():
+    """Losses of 1 in a response of one token and 2 in one of four."""
+    mask, losses = torch.arange(4) < torch.tensor([1, 4])[:, None], torch.tensor([[1.0], [2.0]])
+    for loss_type, want in (("grpo", 1.5), ("dapo", 1.8), ("dr_grpo", 0.5625)):
+        weights = pure(grpo.token_weights, mask, loss_type, 8)
+        assert (losses * weights).sum().item() == pytest.approx(want, abs=1e-6), loss_type
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("lengths", [LENGTHS, [5], [1, 7], [3, 3, 2, 6, 1]])
+def test_token_weights_by_loops_whatever_the_padding(loss_type, lengths):
+    for padding in (0, 1, 9):
+        width = max(lengths) + padding
+        weights = grpo.token_weights(torch.arange(width) < torch.tensor(lengths)[:, None], loss_type, 40)
+        assert weights.shape == (len(lengths), width) and weights.is_floating_point()
+        for b, n in enumerate(lengths):
+            of = {"grpo": len(lengths) * n, "dapo": sum(lengths), "dr_grpo": len(lengths) * 40}[loss_type]
+            want = [1 / of] * n + [0.0] * (width - n)
+            assert weights[b].tolist() == pytest.approx(want, rel=1e-6, abs=0)
+        assert loss_type == "dr_grpo" or weights.sum().item() == pytest.approx(1.0, rel=1e-6)
+
+
+# ---- Advantages ----
+
+
+def advantages_by_loops(groups, baseline="mean", scale="group"):
+    """Of lists of rewards, by the statistics module."""
+    result, everything = [], [r for group in groups for r in group]
+    for group in groups:
+        row = []
+        for i, r in enumerate(group):
+            a = r - statistics.fmean(group if baseline == "mean" else group[:i] + group[i + 1 :])
+            if scale != "none":
+                a /= statistics.stdev(group if scale == "group" else everything) + 1e-4
+            row.append(a if max(group) > min(group) else 0.0)
+        result.append(row)
+    return result
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_advantages_by_loops(baseline, scale):
+    for P, G in ((3, 5), (1, 2), (7, 4), (4, 4)):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+            rewards = (noise(P, G, seed=P) * tensor(*range(1, P + 1))[:, None] + 3).to(dtype)
+            rewards[-1] = rewards[-1, 0] if P > 1 else rewards[-1]  # a group of equal rewards
+            got = pure(grpo.group_advantages, rewards, baseline, scale)
+            want = tensor(*advantages_by_loops(rewards.double().tolist(), baseline, scale))
+            assert got.dtype == dtype and (got - want).abs().max() < tolerance
+            assert got.sum(1).abs().max() < 10 * tolerance  # those of a group sum to 0
+            moved = rewards + 16 * torch.arange(P, dtype=dtype)[:, None]  # each prompt's by its own constant
+            change = (grpo.group_advantages(moved, baseline, "group") -
+                      grpo.group_advantages(rewards, baseline, "group"))  # fmt: skip
+            assert change.abs().max() < 100 * tolerance
+    assert torch.equal(grpo.group_advantages(rewards), grpo.group_advantages(rewards, "mean", "group"))
+
+
+def test_advantages_by_hand():
+    got = grpo.group_advantages(tensor([1, 0, 0, 0]))  # the population's std would give 1.7317
+    assert (got - tensor(1.4997, -0.4999, -0.4999, -0.4999)).abs().max() < 5e-5
+    got = grpo.group_advantages(tensor([1, 2, 3, 6]), "leave_one_out", "none")
+    assert (got - tensor(-8 / 3, -4 / 3, 0, 4)).abs().max() < 1e-12
+    got = grpo.group_advantages(tensor([0, 1], [0, 3]), "mean", "batch")
+    std = math.sqrt((1 + 0 + 1 + 2**2) / 3)  # n - 1, around the mean of all, 1
+    assert (got * (std + 1e-4) - tensor([-0.5, 0.5], [-1.5, 1.5])).abs().max() < 1e-12
+
+
+def test_groups_are_rows():
+    """Rewards by prompt, all of a prompt's responses alike: nothing to learn, in any layout but a transposed one."""
+    for baseline, scale in itertools.product(BASELINES, SCALES):
+        got = grpo.group_advantages(torch.tensor([0.0, 0, 0, 1, 1, 1]).view(-1, 3), baseline, scale)
+        assert got.tolist() == [[0] * 3] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_0(dtype):
+    """The mean of twelve floats 0.7 is not 0.7, and over a small std that is noise."""
+    for c, G, baseline, scale in itertools.product((0, 0.01, 0.1, 0.3, 0.7, 1), (4, 8, 12, 16), BASELINES, SCALES):
+        rewards = torch.full((3, G), c, dtype=dtype)
+        assert (grpo.group_advantages(rewards, baseline, scale) == 0).all()
+        assert grpo.zero_std(rewards).tolist() == [True] * 3
+        rewards[1, 0] += 1  # beside a group that does teach
+        got = grpo.group_advantages(rewards, baseline, scale)
+        assert (got[[0, 2]] == 0).all() and got[1, 0] > 0.4 > 0 > got[1, 1:].max()
+        assert grpo.zero_std(rewards).tolist() == [True, False, True]
+
+
+def test_rounding_is_no_variance():
+    """Rewards that differ by the rounding of a KL are equal: over std + 1e-4 they would be advantages of 0.01."""
+    rewards = torch.tensor([[2.0, 2.0 + 3e-6, 2.0 - 3e-6, 2.0], [0.0, 1e-3, 0.0, 0.0]])
+    for baseline, scale in itertools.product(BASELINES, SCALES):
+        got = grpo.group_advantages(rewards, baseline, scale)
+        assert (got[0] == 0).all() and got[1, 1] > 0 > got[1, 0]
+    assert grpo.zero_std(rewards).tolist() == [True, False]
+
+
+def test_a_ratio_that_overflows_is_clipped():
+    """exp(100) is infinite in fp32, and 0 times it no gradient at all."""
+    logprobs = torch.tensor([[100.0, 0.1, 0.2]], requires_grad=True)
+    old, mask = torch.zeros(1, 3), torch.tensor([[True, True, False]])
+    for level in LEVELS:
+        losses, clipped = grpo.grpo_loss(logprobs, old, old, torch.ones(1), mask, 0.0, importance_sampling_level=level)
+        (gradient,) = torch.autograd.grad(losses.sum(), logprobs)
+        assert losses[0, 0].item() == pytest.approx(-1.2) and clipped[0, 0]
+        assert gradient.isfinite().all() and gradient[0, 0] == 0
+
+
+def test_a_group_of_one_raises():
+    for baseline, scale in itertools.product(BASELINES, SCALES):
+        with pytest.raises(ValueError, match="group of one"):
+            grpo.group_advantages(torch.ones(3, 1), baseline, scale)
+
+
+# ---- Loss ----
+
+
+def term(log_ratio, d, a, beta, estimator, low=0.2, high=0.2):
+    """(loss, d loss / d log pi, whether the clip decides), by cases; d = log pi - log pi_ref."""
+    rho = math.exp(log_ratio)
+    clipped = rho > 1 + high if a > 0 else rho < 1 - low if a < 0 else False
+    loss, slope = (-a * (1 + high if a > 0 else 1 - low), 0.0) if clipped else (-a * rho, -a * rho)
+    kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
+    pull = {"k1": 1.0, "k2": d, "k3": 1 - math.exp(-d)}[estimator]
+    return loss + beta * kl, slope + beta * pull, clipped
+
+
+def terms(new, old, ref, a, beta, estimator, level, low=0.2, high=0.2):
+    """[(loss, derivative, clipped)] of each of a response's tokens, which at the level "sequence" all carry the same:
+    the derivative of one of them in every token's log-prob.
+    """
+    if level == "sequence":
+        new, old, ref, n = [math.fsum(new)], [math.fsum(old)], [math.fsum(ref)], len(new)
+        return [term(new[0] - old[0], new[0] - ref[0], a, beta, estimator, low, high)] * n
+    return [term(x - y, x - z, a, beta, estimator, low, high) for x, y, z in zip(new, old, ref)]
+
+
+def loss_of(log_ratio, advantages, mask=None, d=None, kl_coef=0.0, **options):
+    """(losses, d their sum / d log pi, clipped) at given log-ratios, away from log pi = 0."""
+    old = torch.full_like(log_ratio, -1.7)
+    logprobs = (old + log_ratio).requires_grad_()
+    ref = old if d is None else logprobs.detach() - d
+    mask = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
+    losses, clipped = pure(grpo.grpo_loss, logprobs, old, ref, advantages, mask, kl_coef, **options)
+    losses.sum().backward()
+    assert losses.shape == clipped.shape == mask.shape and clipped.dtype == torch.bool
+    return losses.detach(), logprobs.grad, clipped
+
+
+def test_clip_by_hand():
+    advantages = tensor(1, 1, -1, -1)
+    for width in (1, 3):
+        log_ratio = tensor(1.5, 0.5, 1.5, 0.5).log()[:, None].expand(4, width)
+        losses, gradient, clipped = loss_of(log_ratio, advantages)
+        assert (losses - tensor(-1.2, -0.5, 1.5, 0.8)[:, None]).abs().max() < 1e-12
+        assert (gradient - tensor(0, -0.5, 1.5, 0)[:, None]).abs().max() < 1e-12
+        assert clipped.tolist() == [[x] * width for x in (True, False, False, True)]
+
+
+def test_gradient_vanishes_exactly_where_clipped_and_improving():
+    for low, high in ((0.2, 0.28), (0.1, 0.1), (0.3, 0.2)):
+        edges = [1 - low - 0.01, 1 - low + 0.01, 1.0, 1 + high - 0.01, 1 + high + 0.01, 3.0, 0.1]
+        for rho, a in itertools.product(edges, (-2.5, -0.3, 0.0, 0.7, 3.0)):
+            losses, gradient, clipped = loss_of(tensor([rho]).log(), tensor(a), clip_coef=low, clip_coef_high=high)
+            loss, slope, decided = term(math.log(rho), 0.0, a, 0.0, "k3", low, high)
+            assert losses.item() == pytest.approx(loss, abs=1e-12)
+            assert gradient.item() == pytest.approx(slope, abs=1e-12) and clipped.item() is decided
+    for rho, alive in ((1.25, True), (1.29, False)):  # as in DAPO: 0.2 down, 0.28 up
+        _, gradient, clipped = loss_of(tensor([rho]).log(), tensor(1.0), clip_coef=0.2, clip_coef_high=0.28)
+        assert (gradient.item() == pytest.approx(-rho)) is alive and clipped.item() is not alive
+
+
+def test_ratio_of_a_token_and_of_a_sequence_by_hand():
+    wide = {"clip_coef": 0.9, "clip_coef_high": 9.0}
+    for row, n, sequence in (([0.1, -0.1, 0.3], 2, 1.0), ([0.1, 0.1, 0.3], 2, math.exp(0.2)),
+                             ([0.1, 0.1, 0.3], 3, math.exp(0.5)), ([0.1, 0.1, 60.0], 2, math.exp(0.2))):  # fmt: skip
+        mask = torch.arange(3)[None] < n
+        losses, gradient, _ = loss_of(tensor(row), tensor(1.0), mask, **wide)
+        want = [-math.exp(x) for x in row[:n]] + [0.0] * (3 - n)
+        assert losses[0].tolist() == pytest.approx(want) and gradient[0].tolist() == pytest.approx(want)
+        losses, gradient, _ = loss_of(tensor(row), tensor(1.0), mask, importance_sampling_level="sequence", **wide)
+        assert losses[0].tolist() == pytest.approx([-sequence] * n + [0.0] * (3 - n))
+        assert gradient[0].tolist() == pytest.approx([-sequence * n] * n + [0.0] * (3 - n))  # n equal terms
+    _, gradient, clipped = loss_of(tensor([0.1, 0.1, 0.3]), tensor(1.0), mask, importance_sampling_level="sequence")
+    assert clipped.tolist() == [[True, True, False]] and (gradient == 0).all()  # e^0.2 > 1.2 > e^0.1
+    assert not loss_of(tensor([0.1, 0.1, 0.3]), tensor(1.0), mask)[2].any()
+
+
+def inputs_of(shape=(4, 16), dtype=torch.float64):
+    """log-probs, old and reference ones apart by 0.25 and 0.5 nats, and advantages."""
+    logprobs = noise(*shape, seed=11, dtype=dtype) - 2
+    old = logprobs + 0.25 * noise(*shape, seed=12, dtype=dtype)
+    return logprobs, old, logprobs + 0.5 * noise(*shape, seed=13, dtype=dtype), noise(shape[0], seed=14, dtype=dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_loss_by_loops_and_by_finite_differences(estimator, level):
+    options = dict(kl_coef=0.3, kl_estimator=estimator, clip_coef=0.2, clip_coef_high=0.28,
+                   importance_sampling_level=level)  # fmt: skip
+    decided = set()
+    for shape, lengths in (((4, 16), LENGTHS), ((4, 4), [4, 1, 3, 2]), ((7, 2), [1, 2, 2, 1, 1, 2, 2])):
+        logprobs, old, ref, advantages = inputs_of(shape)
+        mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+        logprobs.requires_grad_()
+        losses, clipped = pure(grpo.grpo_loss, logprobs, old, ref, advantages, mask, **options)
+        losses.sum().backward()
+        for b, n in enumerate(lengths):
+            rows = [x[b, :n].tolist() for x in (logprobs, old, ref)]
+            each = terms(*rows, advantages[b].item(), 0.3, estimator, level, 0.2, 0.28)
+            padding = [0.0] * (shape[1] - n)
+            assert losses[b].tolist() == pytest.approx([loss for loss, *_ in each] + padding, abs=1e-12)
+            assert clipped[b].tolist() == [cut for *_, cut in each] + [False] * len(padding)
+            for t in range(n):
+                h = torch.zeros(shape, dtype=torch.float64)
+                h[b, t] = 1e-6
+                up, down = (grpo.grpo_loss(logprobs.detach() + s * h, old, ref, advantages, mask, **options)[0].sum()
+                            for s in (1, -1))  # fmt: skip
+                assert logprobs.grad[b, t].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)
+        assert (logprobs.grad[~mask] == 0).all()
+        decided |= set(clipped[mask].tolist())
+    assert decided == {True, False}
+
+
+def test_kl_coef_0_needs_no_reference():
+    logprobs, old, ref, advantages = inputs_of()
+    want = grpo.grpo_loss(logprobs, old, ref, advantages, MASK, 0.0)[0]
+    assert torch.equal(grpo.grpo_loss(logprobs, old, ref * math.nan, advantages, MASK, 0.0)[0], want)
+    assert not torch.equal(grpo.grpo_loss(logprobs, old, ref, advantages, MASK, 0.3)[0], want)
+
+
+@pytest.mark.parametrize("poison", [*POISON, -1e4])
+@pytest.mark.parametrize("level", LEVELS)
+def test_loss_never_sees_the_padding(poison, level):
+    """exp of a log-ratio there overflows in fp32: masked behind it, the gradient would be 0 * inf."""
+    clean = None
+    for estimator, dirty in itertools.product(ESTIMATORS, ((), (0,), (1,), (2,), (0, 1), (0, 1, 2))):
+        *inputs, advantages = inputs_of(dtype=torch.float32)
+        inputs = [poisoned(x, poison) if i in dirty else x for i, x in enumerate(inputs)]
+        inputs[0].requires_grad_()
+        losses, clipped = pure(grpo.grpo_loss, *inputs, advantages, MASK, 0.3, estimator,
+                               importance_sampling_level=level)  # fmt: skip
+        losses.sum().backward()
+        got = losses.detach(), clipped, inputs[0].grad
+        clean = clean if dirty else got
+        assert all(map(torch.equal, got, clean)) and all(x.isfinite().all() for x in got)
+        assert all((x[~MASK] == 0).all() for x in got) and got[2].norm() > 0.1
+
+
+def test_at_ratio_1_the_gradient_is_that_of_reinforce():
+    """The loss of a normalized group is 0 there and its gradient is not: -A (1[y] - p) in the logits."""
+    logits, tokens = noise(4, 6, 7, seed=8).requires_grad_(), torch.randint(
+        7, (4, 6), generator=torch.Generator().manual_seed(9))  # fmt: skip
+    advantages, mask = grpo.group_advantages(noise(1, 4, seed=10))[0], torch.ones(4, 6, dtype=torch.bool)
+    logprobs = torch.log_softmax(logits, -1).gather(-1, tokens[..., None]).squeeze(-1)
+    losses, clipped = grpo.grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), advantages, mask, 0.3)
+    loss = (losses * grpo.token_weights(mask, "grpo", 6)).sum()
+    loss.backward()
+    want = -advantages[:, None, None] * (torch.nn.functional.one_hot(tokens, 7) - torch.softmax(logits.detach(), -1))
+    assert abs(loss.item()) < 1e-6 and not clipped.any()
+    assert (logits.grad - want / 24).abs().max() < 1e-8 and logits.grad.norm() > 0.1
+
+
+# ---- KL through the loss, by enumeration ----
+
+K = 5
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_value_and_gradient_of_each_kl_estimator(level):
+    """Five tokens weighed by pi: in the loss k1 pulls nowhere, k2 along KL(pi || ref), k3 along KL(ref || pi)."""
+    theta, ref = (1.3 * noise(K, seed=0)).requires_grad_(), torch.log_softmax(1.3 * noise(K, seed=1), 0)
+    p, mask = torch.log_softmax(theta, 0), torch.ones(K, 1, dtype=torch.bool)
+    weight, old = p.detach().exp(), p.detach()[:, None]
+    slope = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
+    kl, reverse = (p.exp() * (p - ref)).sum(), slope((p.exp() * (p - ref)).sum())
+    forward = slope((ref.exp() * (ref - p)).sum())
+    assert (forward - reverse).abs().max() > 0.01
+    value, gradient = {}, {}
+    for kind in ESTIMATORS:
+        losses, _ = grpo.grpo_loss(p[:, None], old, ref[:, None], torch.zeros(K).double(), mask, 1.0, kind,
+                                   importance_sampling_level=level)  # fmt: skip
+        mean = (weight * losses[:, 0]).sum()
+        value[kind], gradient[kind] = mean.item(), slope(mean)
+    assert value["k1"] == pytest.approx(kl.item(), abs=1e-12) == pytest.approx(value["k3"], abs=1e-12)
+    for kind, want in (("k1", 0.0), ("k2", reverse), ("k3", forward)):
+        assert (gradient[kind] - want).abs().max() < 1e-12, kind
+    penalty = kl_estimate(old, ref[:, None], "k1")[:, 0]  # in the reward
+    losses, _ = grpo.grpo_loss(p[:, None], old, ref[:, None], -penalty, mask, 0.0, importance_sampling_level=level)
+    assert (slope((weight * losses[:, 0]).sum()) - reverse).abs().max() < 1e-12
+
+
+# ---- Exact gradients and optima, by enumeration of all groups ----
+
+V, T, BETA, EOS = 3, 3, 0.5, 2
+
+
+def expected_loss(logprobs, reference, scores, mask, G=2, baseline="leave_one_out", scale="none", level="sequence",
+                  loss_type="grpo", kl_in="reward", estimator="k1", beta=BETA, old=None, **clip):
+    """The script's loss of a group of G, drawn from old (by default pi itself): the mean over all tuples of S
+    responses, whose log-probs are (S, R). Padding is poisoned.
+    """
+    old, S, R = (logprobs.detach() if old is None else old), len(mask), mask.shape[1]
+    weight = torch.where(mask, old, 0.0).sum(1).exp()
+    logprobs, old, ref = (torch.where(mask, x, y) for x, y in ((logprobs, 99.0), (old, 0.0), (reference, -99.0)))
+    rewards = scores
+    if kl_in == "reward":
+        rewards = scores - beta * torch.where(mask, kl_estimate(old, ref, estimator), 0.0).sum(1)
+    groups = torch.cartesian_prod(*[torch.arange(S)] * G)  # (S^G, G)
+    advantages = grpo.group_advantages(rewards[groups], baseline, scale)
+    rows = groups.flatten()
+    losses, _ = grpo.grpo_loss(
+        logprobs[rows], old[rows], ref[rows], advantages.flatten(), mask[rows], beta if kl_in == "loss" else 0.0,
+        estimator, importance_sampling_level=level, **clip)  # fmt: skip
+    weights = grpo.token_weights(mask[rows], loss_type, R) * len(groups)  # of a group alone
+    return (weight[groups].prod(1) * (losses * weights).view(len(groups), -1).sum(1)).sum()
+
+
+class World:
+    """The 15 responses of up to three tokens that end at an EOS or there; a reference and a score for each."""
+
+    def __init__(self):
+        rows = {row[: row.index(EOS) + 1] if EOS in row else row for row in itertools.product(range(V), repeat=T)}
+        rows = sorted(rows)
+        self.tokens = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows])
+        self.mask = torch.arange(T) < torch.tensor(list(map(len, rows)))[:, None]
+        self.scores, self.reference = noise(len(rows), seed=50), self.logprobs(self.policy(20)).detach()
+
+    def policy(self, seed):
+        """Free logits behind each prefix."""
+        return [noise(V**t, V, seed=seed + t).requires_grad_() for t in range(T)]
+
+    def logprobs(self, policy):
+        result, prefix = [], torch.zeros(len(self.tokens), dtype=torch.long)
+        for t in range(T):
+            result.append(torch.log_softmax(policy[t], -1)[prefix, self.tokens[:, t]])
+            prefix = prefix * V + self.tokens[:, t]
+        return torch.stack(result, 1)  # (S, T)
+
+    def total(self, logprobs):
+        return torch.where(self.mask, logprobs, 0.0).sum(1)  # log pi(y)
+
+    def loss(self, logprobs, **options):
+        return expected_loss(logprobs, self.reference, self.scores, self.mask, **options)
+
+
+def flat(policy, value):
+    gradients = torch.autograd.grad(value, policy, retain_graph=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def misfit(got, want):
+    """What no factor explains of got by want, as a share of it."""
+    return ((got - (got @ want) / (want @ want) * want).norm() / got.norm()).item()
+
+
+@pytest.fixture
+def float64():
+    """Token weights, made from a mask, have the default type."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def exact(float64):
+    """(world, policy, log-probs, gradients of E[r], KL(pi || ref) and KL(ref || pi))"""
+    world = World()
+    policy = world.policy(3)
+    logprobs = world.logprobs(policy)
+    p, q = world.total(logprobs), world.total(world.reference)
+    assert p.exp().sum().item() == pytest.approx(1) == pytest.approx(q.exp().sum().item()) and len(p) == 15
+    values = (p.exp() * world.scores).sum(), (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()
+    return world, policy, logprobs, *[flat(policy, value) for value in values]
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_leave_one_out_has_the_true_gradient(exact, G):
+    """Of E[r] - beta KL, k1 in the reward; with the mean it is (G - 1) / G of it, with the std along another way."""
+    world, policy, logprobs, reward, kl, _ = exact
+    want = BETA * kl - reward
+    got = lambda **options: flat(policy, world.loss(logprobs, G=G, **options))
+    assert want.norm() > 0.1 and (got() - want).abs().max() < 1e-9
+    assert (got(baseline="mean") - want * (G - 1) / G).abs().max() < 1e-9
+    for baseline in BASELINES:
+        assert misfit(got(baseline=baseline, scale="group"), want) > 0.05
+    assert misfit(got(beta=-BETA), want) > 0.1 and misfit(got(estimator="k3"), want) > 0.05
+
+
+def test_which_length_normalization_is_biased(exact):
+    """Each token's ratio on-policy: summed over a response it is exact, up to Dr. GRPO's constant; divided by the
+    response's length it is not."""
+    world, policy, logprobs, reward, kl, _ = exact
+    got = lambda **options: flat(policy, world.loss(logprobs, level="token", **options))
+    assert (got(loss_type="dr_grpo") - (BETA * kl - reward) / T).abs().max() < 1e-9
+    assert misfit(got(loss_type="grpo"), BETA * kl - reward) > 0.05
+
+
+def test_gradient_of_kl_in_the_loss(exact):
+    """Of a whole response k2 has the gradient of KL(pi || ref) and k3 that of KL(ref || pi); of tokens neither has,
+    since none answers for what follows it."""
+    world, policy, logprobs, reward, reverse, forward = exact
+    got = lambda **options: flat(policy, world.loss(logprobs, kl_in="loss", **options))
+    for estimator, kl in (("k1", 0.0), ("k2", reverse), ("k3", forward)):
+        assert (got(estimator=estimator) - (BETA * kl - reward)).abs().max() < 1e-9, estimator
+        by_token = T * got(estimator=estimator, level="token", loss_type="dr_grpo") + reward
+        assert (by_token - BETA * kl).abs().max() > 1e-3 or estimator == "k1"
+    assert (forward - reverse).abs().max() > 0.01
+
+
+def test_ratio_of_a_sequence_corrects_for_another_sampler(exact):
+    """Off-policy, clip out of reach: that of tokens leaves the others' ratios out."""
+    world, policy, logprobs, reward, *_ = exact
+    old, wide = world.logprobs(world.policy(9)).detach(), {"clip_coef": 1.0, "clip_coef_high": 1e9}
+    got = lambda **options: flat(policy, world.loss(logprobs, old=old, beta=0.0, **options))
+    assert (got(**wide) + reward).abs().max() < 1e-9
+    assert misfit(got(level="token", loss_type="dr_grpo", **wide), reward) > 0.05
+    assert misfit(got(), reward) > 0.05  # clipped
+
+
+SCORES, REFERENCE = tensor(1, 0.5, 0, -0.5, 2), tensor(0.1, 0.3, 0.4, 0.15, 0.05)
+
+
+def bandit(steps=150, rate=1.0, sign=1.0, **options):
+    """Where exact expected updates of a single-token policy end: probabilities. Natural gradients, from ref."""
+    theta, mask = REFERENCE.log(), torch.ones(K, 1, dtype=torch.bool)
+    for _ in range(steps):
+        theta = torch.log_softmax(theta.detach(), 0).requires_grad_()
+        p = torch.log_softmax(theta, 0)
+        loss = expected_loss(p[:, None], REFERENCE.log()[:, None], sign * SCORES, mask, **options)
+        (gradient,) = torch.autograd.grad(loss, theta)
+        theta = theta - rate * gradient / p.exp()
+    return torch.softmax(theta.detach(), 0)
+
+
+def optimum(beta=BETA):
+    return torch.softmax(REFERENCE.log() + SCORES / beta, 0)
+
+
+def distance(p, q):
+    return (p - q).abs().sum().item() / 2  # total variation
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_which_optimum_each_kl_reaches(float64, level):
+    """k1 in the reward and k2 in the loss: pi* = ref exp(r / beta) / Z. k3 in the loss: beta ref / (lambda - r)."""
+    assert (optimum() - tensor(0.1559, 0.1721, 0.0844, 0.0116, 0.5760)).abs().max() < 5e-5
+    low, high = 2.0, 9.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (BETA * REFERENCE / (middle - SCORES)).sum() > 1 else (low, middle)
+    other = BETA * REFERENCE / (low - SCORES)
+    assert (other - tensor(0.0483, 0.0978, 0.0983, 0.0296, 0.7260)).abs().max() < 5e-5
+    assert distance(bandit(level=level), optimum()) < 1e-8
+    assert distance(bandit(level=level, kl_in="loss", estimator="k2"), optimum()) < 1e-8
+    k3 = bandit(level=level, kl_in="loss", estimator="k3", rate=0.5, steps=400)
+    assert distance(k3, other) < 1e-7 and distance(k3, optimum()) == pytest.approx(0.182, abs=1e-3)
+
+
+def test_controls_reach_other_ends(float64):
+    """The reward's sign flipped; the KL's; k1 in the loss, which does nothing. The mean with beta KL
+    in the loss, whose beta is in effect G / (G - 1) times itself, since only the advantage shrinks.
+    """
+    for options in (dict(sign=-1.0), dict(beta=-BETA, rate=0.1, steps=20), dict(kl_in="loss", estimator="k1")):
+        assert distance(bandit(**options), optimum()) > 0.1, options
+    got = bandit(kl_in="loss", estimator="k2", baseline="mean", G=2)
+    assert distance(got, optimum(2 * BETA)) < 1e-8 < 0.1 < distance(got, optimum())
+    assert distance(bandit(baseline="mean"), optimum()) < 1e-8  # in the reward both shrink
+
+
+# ---- Models and folders ----
+
+STOPS = list(range(2, VOCABULARY, 6))  # so many EOS ids that random models end their responses early
+MEAN = 0.37  # reward_mean of the reward models
+REWARD = """
+import random
+import re
+draw = random.Random(0)
+
+def score(completions, **columns):
+    return [sum(map(int, re.findall("[0-9]+", text))) % 17 / 8 for text in completions]
+
+def uneven(completions, number, **columns):
+    return [n if n % 2 else s for n, s in zip(number, score(completions))]
+
+def by_prompt(completions, number, **columns):
+    return [n / 10 for n in number]
+
+def fraction(completions, **columns):
+    return [text.split().count("w23") / 8 for text in completions]
+
+def shuffled(completions, **columns):
+    return draw.sample(fraction(completions), len(completions))
+
+def flipped(completions, **columns):
+    return [-x for x in fraction(completions)]
+"""
+
+
+def reward_of(name, ids, number):
+    """What these functions give to these ids, w4 .. w96 (0 .. 3 are skipped): all responses to an odd prompt the same,
+    if uneven."""
+    return number if name == "uneven" and number % 2 else sum(i for i in ids if i > 3) % 17 / 8
+
+
+def word_tokenizer():
+    """w4 .. w96, one token each, separated by spaces; no BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *[f"w{i}" for i in range(4, VOCABULARY)]]
+    words = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """llama and gpt2: a policy each, and a reward model with another body; 12 prompts of 2 to 6 tokens; rewards."""
+    folder = tmp_path_factory.mktemp("folders")
+    for kind in ("llama", "gpt2"):
+        model = make_model(kind)
+        model.generation_config.eos_token_id = STOPS
+        config = make_model(kind, seed=5).config
+        config.num_labels, config.reward_mean = 1, MEAN
+        reward = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        for part, name in ((model, kind), (reward, f"{kind}-reward")):
+            part.save_pretrained(folder / name)
+            word_tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": " ".join(f"w{4 + (7 * i + 5 * j) % 90}" for j in range(2 + i % 5)), "number": i}
+            for i in range(12)]  # fmt: skip
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def kind(request):
+    return request.param
+
+
+only = lambda kind: pytest.mark.parametrize("kind", [kind], indirect=True)
+
+
+@pytest.fixture
+def tiny(folders, kind, tmp_path):
+    """tiny(**flags) -> Args of a run of one update: four groups of 3 responses, two minibatches, two epochs.
+    reward is the name of a function of REWARD, or a tuple as the flag is."""
+
+    def make(reward="score", **flags):
+        data = str(folders / "prompts.jsonl")
+        defaults = {
+            "model": str(folders / kind), "dataset": data, "eval_dataset": data, "output_dir": str(tmp_path / "run"),
+            "total_episodes": 12, "num_generations": 3, "batch_size": 6, "num_minibatches": 2, "update_epochs": 2,
+            "micro_batch_size": 6, "max_new_tokens": 16, "eval_every": 0, "eval_samples": 2, "save_every": 0,
+            "device": "cpu"}  # fmt: skip
+        reward = reward if isinstance(reward, tuple) else (f"{folders}/reward.py:{reward}",)
+        return grpo.Args(**{**defaults, "reward": reward, **flags})
+
+    return make
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(name) -> list of (inputs as they were, result), one for each call of that function of grpo."""
+
+    def start(name):
+        calls, function = [], getattr(grpo, name)
+
+        def wrapper(*inputs, **options):
+            before = tuple(x.clone() if torch.is_tensor(x) else x for x in inputs)
+            result = function(*inputs, **options)
+            calls.append((before, result))
+            return result
+
+        monkeypatch.setattr(grpo, name, wrapper)
+        return calls
+
+    return start
+
+
+@pytest.fixture
+def double(monkeypatch, float64):
+    """Everything in float64, so that sums in another order agree to 1e-9."""
+
+    def doubled(load):
+        def loader(*inputs):
+            result = load(*inputs)
+            for part in result:
+                if isinstance(part, torch.nn.Module):
+                    part.double()
+            return result
+
+        return loader
+
+    for name in ("load_model", "load_reward"):
+        monkeypatch.setattr(grpo, name, doubled(getattr(grpo, name)))
+
+
+@contextlib.contextmanager
+def optimizer_steps():
+    """Collects (parameters, gradients), copied, as each optimizer step of the block finds them."""
+    steps = []
+
+    def before(optimizer, *_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        steps.append(([p.detach().clone() for p in parameters],
+                      [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]))  # fmt: skip
+
+    hook = register_optimizer_step_pre_hook(before)
+    try:
+        yield steps
+    finally:
+        hook.remove()
+
+
+def vector(tensors):
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def sides(rows):
+    """(prompts, responses) of rows (ids, trained)."""
+    cuts = [trained.index(True) for _, trained in rows]
+    return [ids[:n] for (ids, _), n in zip(rows, cuts)], [ids[n:] for (ids, _), n in zip(rows, cuts)]
+
+
+def row_logprobs(model, prompt, response, temperature=1.0):
+    """log pi(y_t) of one response from the model's own logits of that row alone, in float64: (n,)."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double() / temperature
+    return torch.log_softmax(logits, -1)[range(len(response)), response]
+
+
+# ---- Rollouts ----
+
+
+def roll(policy, reference, rewards, prompts, stops, **flags):
+    args = grpo.Args(**{"max_new_tokens": 12, "micro_batch_size": 2, "missing_eos_penalty": 0.75, **flags})
+    rows = [({"prompt": "", "number": i}, ids) for i, ids in enumerate(prompts)]
+    rewards = [(reward, None) for reward in rewards]
+    return grpo.rollout(policy, reference, rewards, rows, stops, args, contextlib.nullcontext, 1)
+
+
+def test_unfinished_rows_pay_and_masks_come_from_lengths(model, monkeypatch):
+    """EOS early, EOS in the last slot, no EOS, another EOS of several, and the padding's id within a text."""
+    rows = [[9, 2], [9, 8, 7, 6, 2], [9, 8, 2 + 1, 7, 6], [5, 60], [0, 9, 0, 2]]
+    tokens = torch.tensor([row + [0] * (5 - len(row)) for row in rows])
+    lengths = torch.tensor(list(map(len, rows)))
+    monkeypatch.setattr(grpo, "sample", lambda *_: (tokens, torch.zeros(tokens.shape), lengths))
+    seen = {}
+
+    def reward(data, prompts, responses):
+        seen.update(numbers=[row["number"] for row in data], prompts=prompts, responses=responses)
+        return torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+
+    prompts = [[4], [5, 6], [7], [8, 9, 10], [11]]
+    batch, metrics = roll(model, model, [reward], prompts, [2, 60])
+    assert seen == {"numbers": [0, 1, 2, 3, 4], "prompts": prompts, "responses": rows}
+    assert batch["rewards"].tolist() == [1, 2, 3 - 0.75, 4, 5] and batch["scores"].tolist() == [[1, 2, 3, 4, 5]]
+    assert metrics["reward"] == pytest.approx(15 / 5 - 0.15)
+    assert metrics["completions/eos_rate"] == pytest.approx(4 / 5)
+    assert torch.equal(batch["mask"], torch.arange(5) < lengths[:, None])
+    assert batch["responses"] == rows and metrics["completions/mean_length"] == pytest.approx(18 / 5)
+
+
+def test_several_rewards_are_a_weighted_sum_that_skips_none(model):
+    """NaN stands for None: a reward that has nothing to say of a response adds nothing to it."""
+    nan, prompts = math.nan, sides(ragged_rows())[0]
+    rewards = [lambda *_: torch.tensor([1.0, nan, 3.0, 0.0]), lambda *_: torch.tensor([nan, 5.0, 7.0, -1.0])]
+    options = dict(missing_eos_penalty=0.0, reward=("a.py:f", "b.py:g"))
+    batch, metrics = roll(model, model, rewards, prompts, STOPS, reward_weights=(2.0, -0.5), **options)
+    assert batch["rewards"].tolist() == pytest.approx([2.0, -2.5, 6 - 3.5, 0.5])
+    assert metrics["reward"] == pytest.approx(2.5 / 4)
+    assert metrics["rewards/a.py:f"] == pytest.approx(4 / 3) and metrics["rewards/b.py:g"] == pytest.approx(11 / 3)
+    batch, _ = roll(model, model, rewards, prompts, STOPS, **options)
+    assert batch["rewards"].tolist() == pytest.approx([1.0, 5.0, 10.0, -1.0])
+    with pytest.raises(SystemExit):
+        roll(model, model, rewards[:1], prompts, STOPS)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rollout_and_its_metrics_by_loops(model, temperature):
+    """Log-probs of both models and the KL from the models' own logits of single rows; policy is not reference."""
+    reference, prompts = make_model("gpt2", seed=7), sides(ragged_rows())[0] * 2
+    scores = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0, 0.25, 2.0])
+    batch, metrics = roll(model, reference, [lambda *_: scores], prompts, STOPS, temperature=temperature,
+                          max_new_tokens=8)  # fmt: skip
+    finished, kls = [], []
+    with torch.no_grad():
+        for i, response in enumerate(batch["responses"]):
+            n = len(response)
+            assert not set(response[:-1]) & set(STOPS) and (n == 8 or response[-1] in STOPS)
+            finished.append(response[-1] in STOPS)
+            p, q = (row_logprobs(m, prompts[i], response, temperature) for m in (model, reference))
+            assert (batch["logprobs"][i, :n] - p).abs().max() < 5e-5
+            assert (batch["ref_logprobs"][i, :n] - q).abs().max() < 5e-5
+            assert batch["mask"][i].tolist() == [t < n for t in range(batch["mask"].shape[1])]
+            kls.append((p - q).sum().item())
+    assert len(set(map(len, batch["responses"]))) > 2 and any(finished) and not all(finished)
+    assert batch["kl"].tolist() == pytest.approx(kls, abs=5e-4)
+    paid = [score - 0.75 * (not done) for score, done in zip(scores.tolist(), finished)]
+    assert batch["rewards"].tolist() == pytest.approx(paid)
+    mean = lambda x: sum(x) / len(x)
+    assert metrics == pytest.approx({
+        "reward": mean(paid), "kl": mean(kls), "completions/mean_length": mean([*map(len, batch["responses"])]),
+        "completions/eos_rate": mean(finished)}, abs=5e-4)  # fmt: skip
+    assert not any(x.requires_grad for x in batch.values() if torch.is_tensor(x))
+
+
+def test_scores_are_read_at_the_reward_models_own_eos(tiny, folders, kind):
+    """A response that was cut is read behind its first EOS too, and one that ended with another of the policy, 7, as
+    if it had ended with this one, once; reward_mean is subtracted."""
+    folder = str(folders / f"{kind}-reward")
+    reward, model = grpo.load_reward(
+        folder, word_tokenizer(), [2, 7], tiny(micro_batch_size=2), CPU, contextlib.nullcontext)  # fmt: skip
+    own = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    prompts, responses = [[5, 9], [11], [4, 8, 6]], [[20, 21, 22], [30, 31, 7], [40, 41, 42, 43, 2]]
+    bodies = [[20, 21, 22], [30, 31], [40, 41, 42, 43]]
+    want = [own(torch.tensor([x + y + [2]])).logits[0, 0].item() - MEAN for x, y in zip(prompts, bodies)]
+    assert reward([{}] * 3, prompts, responses).tolist() == pytest.approx(want, abs=1e-5)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@only("llama")
+def test_no_hidden_filter_in_sampling(tiny, folders, watch, tmp_path):
+    """Whatever the checkpoint's generation_config says, the same samples; their log-probs are the policy's own."""
+    poison = json.loads((folders / "llama" / "generation_config.json").read_text())
+    poison |= {"top_k": 5, "top_p": 0.5, "repetition_penalty": 1.3, "min_new_tokens": 5, "temperature": 0.3}
+    policy = make_model("llama")
+    policy.save_pretrained(tmp_path / "poisoned")
+    word_tokenizer().save_pretrained(tmp_path / "poisoned")
+    (tmp_path / "poisoned" / "generation_config.json").write_text(json.dumps({**poison, "do_sample": True}))
+    rollouts = watch("rollout")
+    grpo.main(tiny(output_dir=str(tmp_path / "clean")))
+    grpo.main(tiny(model=str(tmp_path / "poisoned")))
+    (clean, _), (got, _) = rollouts[1][1], rollouts[4][1]
+    assert got["responses"] == clean["responses"] and min(map(len, got["responses"])) < 5
+    with torch.no_grad():
+        for i, response in enumerate(got["responses"]):
+            want = row_logprobs(policy, got["prompts"][i], response)
+            assert (got["logprobs"][i, : len(response)] - want).abs().max() < 5e-5
+
+
+# ---- Groups in a run ----
+
+
+def test_a_group_is_one_prompt_and_several_samples(tiny, watch):
+    rollouts = watch("rollout")
+    grpo.main(tiny(num_generations=6, update_epochs=1))
+    (inputs, (batch, _)) = rollouts[1]
+    for k in range(2):
+        rows = [row["number"] for row, _ in inputs[3]][6 * k : 6 * k + 6]
+        assert len(set(rows)) == 1 and len(set(map(tuple, batch["prompts"][6 * k : 6 * k + 6]))) == 1
+        assert len({response[0] for response in batch["responses"][6 * k : 6 * k + 6]}) > 1
+    assert batch["prompts"][0] != batch["prompts"][6]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_reward_of_the_prompt_alone_teaches_nothing(tiny, watch, drop):
+    """Advantages and the gradient are exactly 0; without its groups there is no optimizer step at all, KL or not."""
+    advantages = watch("group_advantages")
+    with optimizer_steps() as steps:
+        args = tiny("by_prompt", kl_coef=0.3 if drop else 0.0, drop_zero_std=drop, total_episodes=24)
+        metrics = grpo.main(args)
+    assert len(advantages) == 2 and len({r for (x, *_), _ in advantages for r in x.flatten().tolist()}) == 8
+    assert all((result == 0).all() for _, result in advantages) and metrics["frac_reward_zero_std"] == 1
+    assert len(steps) == (0 if drop else 8) and all((g == 0).all() for _, gradients in steps for g in gradients)
+    assert metrics["reward_std"] == metrics["policy/clipfrac"] == metrics["grad_norm"] == metrics["loss"] == 0
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (args.model, f"{args.output_dir}/model"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_penalty_comes_before_the_statistics(tiny, watch):
+    """Equal scores: responses without EOS are told apart by the penalty alone, within their group."""
+    advantages, rollouts = watch("group_advantages"), watch("rollout")
+    metrics = grpo.main(tiny("by_prompt", missing_eos_penalty=0.5, max_new_tokens=4, kl_coef=0.0))
+    ((rewards, *_), got), (_, (batch, _)) = advantages[0], rollouts[1]
+    done = [response[-1] in STOPS for response in batch["responses"]]
+    scores = [prompt["number"] / 10 for prompt, _ in rollouts[1][0][3]]
+    paid = [score - 0.5 * (not end) for score, end in zip(scores, done)]
+    groups = [paid[i : i + 3] for i in range(0, 12, 3)]
+    assert rewards.tolist() == [pytest.approx(group) for group in groups]
+    assert got.tolist() == [pytest.approx(row, abs=1e-5) for row in advantages_by_loops(groups)]
+    assert got.abs().max() > 0.5 and metrics["completions/eos_rate"] == pytest.approx(sum(done) / 12)
+    assert metrics["reward"] == pytest.approx(sum(paid) / 12)
+
+
+@only("gpt2")
+@pytest.mark.parametrize("batch_size, num_minibatches, updates", [(6, 2, 6), (15, 1, 5), (6, 1, 12), (60, 1, 2)])
+def test_each_prompt_once_a_pass(tiny, watch, batch_size, num_minibatches, updates):
+    """A pass may end within an update, and an update hold several."""
+    rollouts, episodes = watch("rollout"), updates * batch_size * num_minibatches
+    grpo.main(tiny(batch_size=batch_size, num_minibatches=num_minibatches, total_episodes=episodes, max_new_tokens=2,
+                   micro_batch_size=batch_size, update_epochs=1))  # fmt: skip
+    first, *training, last = [[row["number"] for row, _ in inputs[3]] for inputs, _ in rollouts]
+    assert len(training) == updates and first == last == [0, 1]
+    order = sum(training, [])
+    assert order == [k for k in order[::3] for _ in range(3)]  # groups stay together
+    passes = [order[i : i + 36 : 3] for i in range(0, len(order) - 35, 36)]
+    assert len(passes) >= 2 and all(sorted(numbers) == list(range(12)) for numbers in passes)
+    assert passes[0] != passes[1]
+
+
+@only("gpt2")
+def test_each_response_once_an_epoch_in_a_new_order(tiny, watch):
+    scored = watch("response_logprobs")
+    metrics = grpo.main(tiny(update_epochs=3, total_episodes=24, micro_batch_size=3, max_new_tokens=2))
+    order = torch.cat([inputs[2] for inputs, _ in scored if inputs[0].training]).view(6, 12).tolist()
+    assert all(sorted(numbers) == list(range(12)) for numbers in order)
+    assert len(set(map(tuple, [*order, range(12)]))) == 7
+    assert metrics["learning_rate"] == pytest.approx(1e-3 / 2)  # of the second of two updates
+
+
+# ---- Old log-probs, reference, reward model ----
+
+
+def same_rows(x, rows):
+    """Each row of x is, to the bit, one of these rows."""
+    return all((row == rows).all(1).any() for row in x)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_minibatch_is_on_policy(tiny, watch, temperature):
+    losses, rollouts = watch("grpo_loss"), watch("rollout")
+    metrics = grpo.main(tiny(temperature=temperature, micro_batch_size=2, update_epochs=1))
+    batch, mask = rollouts[1][1][0], rollouts[1][1][0]["mask"]
+    assert len(losses) == 6 and len(set(mask.sum(1).tolist())) > 2
+    for (logprobs, old, _, _, m, *_), (_, clipped) in losses[:3]:  # the first optimizer step, of three micro-batches
+        assert torch.where(m, logprobs - old, 0.0).abs().max() < 1e-5 and not clipped.any()
+    assert torch.where(mask, batch["logprobs"] - batch["ref_logprobs"], 0.0).abs().max() < 1e-5
+    assert 0 < metrics["policy/logprob_gap"] < 1e-5 and abs(metrics["kl"]) < 1e-5
+
+
+def test_later_minibatches_are_not_and_old_logprobs_stay(tiny, watch):
+    losses, rollouts, advantages = watch("grpo_loss"), watch("rollout"), watch("group_advantages")
+    grpo.main(tiny(num_minibatches=1, batch_size=12, micro_batch_size=12, learning_rate=1e-2))
+    batch = rollouts[1][1][0]
+    assert len(losses) == 2
+    for (new, old, ref, a, *_), _ in losses:
+        assert same_rows(old, batch["logprobs"]) and same_rows(batch["logprobs"], old)
+        assert same_rows(ref, batch["ref_logprobs"]) and not same_rows(ref, batch["logprobs"])
+        assert new.requires_grad and not any(x.requires_grad for x in (old, ref, a))
+        assert sorted(a.tolist()) == sorted(advantages[0][1].flatten().tolist())
+    gaps = [torch.where(m, new - old, 0.0).abs().max() for (new, old, _, _, m, *_), _ in losses]
+    assert gaps[0] < 1e-5 and gaps[1] > 0.05 and losses[1][1][1].any()
+
+
+def test_without_learning_rate_nothing_moves(tiny, watch):
+    losses = watch("grpo_loss")
+    args = tiny(learning_rate=0.0, total_episodes=24, micro_batch_size=2)
+    metrics = grpo.main(args)
+    assert len(losses) == 24 and metrics["policy/clipfrac"] == 0 and abs(metrics["policy/approx_kl"]) < 1e-9
+    assert all(torch.where(m, new - old, 0.0).abs().max() < 1e-5 for (new, old, _, _, m, *_), _ in losses)
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (args.model, f"{args.output_dir}/model"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_reference_and_reward_model_never_change(tiny, folders, kind, watch):
+    rollouts, rewards = watch("rollout"), watch("load_reward")
+    args = tiny((str(folders / f"{kind}-reward"),), total_episodes=36, learning_rate=5e-3)
+    grpo.main(args)
+    (policy, reference, *_), (batch, _) = rollouts[-2]
+    ((_, (_, reward_model)),) = rewards
+    groups = [{x.data_ptr() for x in part.state_dict().values()} for part in (policy, reference, reward_model)]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(args.model)
+    fresh_reward = transformers.AutoModelForSequenceClassification.from_pretrained(*args.reward)
+    for part, start in ((reference, fresh), (reward_model, fresh_reward)):
+        want = start.state_dict()
+        assert all(torch.equal(x, want[name]) for name, x in part.state_dict().items())
+        assert not part.training and not any(p.requires_grad or p.grad is not None for p in part.parameters())
+    assert not torch.equal(next(policy.parameters()), next(fresh.parameters()))
+    moved = torch.where(batch["mask"], batch["logprobs"] - batch["ref_logprobs"], 0.0).abs().max()
+    assert moved > 1e-2 and batch["kl"].abs().max() > 1e-2
+
+
+# ---- Whole updates ----
+
+
+class Canned:
+    """Four groups of 3 responses for a policy whose weights stay, so that a gradient is a sum of coefficients times the
+    gradients of single log-probs. The third group has equal rewards, the fourth equal responses too.
+    """
+
+    lengths, rewards = [9, 4, 1, 3, 8, 2, 5, 2, 7, 4, 4, 4], [0.3, 1, -0.5, 2, 2.5, 2.2, *[0.7] * 3, *[1.0] * 3]
+    STD = statistics.fmean(map(statistics.stdev, (rewards[:3], rewards[3:6], [0, 0], [0, 0])))
+
+    def __init__(self, kind):
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
+        if kind == "llama":
+            config = transformers.LlamaConfig(
+                hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=1, initializer_range=0.2, max_position_embeddings=64, **ids)  # fmt: skip
+        else:
+            config = transformers.GPT2Config(
+                n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2, resid_pdrop=0.0,
+                embd_pdrop=0.0, attn_pdrop=0.0, **ids)  # fmt: skip
+        models = []
+        for seed in range(3):  # policy, sampler, reference
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+            with torch.no_grad():
+                for i, p in enumerate(model.parameters()):
+                    p += 0.06 * noise(*p.shape, seed=100 * seed + i) * (seed > 0)
+            models.append(model)
+        self.policy = models[0]
+        draw = random.Random(3)
+        words = lambda n: [draw.randrange(3, VOCABULARY) for _ in range(n)]
+        self.prompts = [prompt for prompt in (words(n) for n in (2, 4, 6, 5)) for _ in range(3)]
+        self.responses = [words(n) for n in self.lengths[:10]]
+        self.responses += self.responses[-1:] * 2
+        self.new, self.old, self.ref = (
+            [row_logprobs(model, x, y).tolist() for x, y in zip(self.prompts, self.responses)] for model in models)
+        self.jacobian = []  # (n, parameters) of each response
+        for x, y in zip(self.prompts, self.responses):
+            rows = [torch.autograd.grad(logp, list(self.policy.parameters()), retain_graph=True)
+                    for logp in row_logprobs(self.policy, x, y)]  # fmt: skip
+            self.jacobian.append(torch.stack([vector(row) for row in rows]))
+
+    def batch(self, off, groups=4):
+        """A rollout of the first groups, as the policy's own or the sampler's; padding is NaN."""
+        rows = range(3 * groups)
+        mask = torch.arange(11) < torch.tensor(self.lengths)[rows, None]
+        spread = lambda x: torch.full(mask.shape, math.nan).masked_scatter(mask, torch.tensor(sum(x[: len(rows)], [])))
+        batch = {"prompts": self.prompts[: len(rows)], "responses": self.responses[: len(rows)], "mask": mask,
+                 "logprobs": spread(self.old if off else self.new), "ref_logprobs": spread(self.ref),
+                 "rewards": torch.tensor(self.rewards[: len(rows)])}  # fmt: skip
+        return batch, {"reward": 0.0, "kl": 0.0, "completions/eos_rate": 1.0}
+
+    def advantages(self, args, off):
+        """(advantages, the responses that are trained on)"""
+        rewards = list(self.rewards)
+        if args.kl_in == "reward":
+            for i, (x, y) in enumerate(zip(self.old if off else self.new, self.ref)):
+                kl = math.fsum(term(0.0, p - q, 0.0, 1.0, args.kl_estimator)[0] for p, q in zip(x, y))
+                rewards[i] -= args.kl_coef * kl
+        groups = [rewards[i : i + 3] for i in range(0, 12, 3)]
+        first = lambda i: 3 * (i // 3)
+        kept = [i for i in range(12) if not args.drop_zero_std or len(set(self.rewards[first(i) : first(i) + 3])) > 1]
+        return sum(advantages_by_loops(groups, args.baseline, args.scale_rewards), []), kept
+
+    def step(self, rows, args, off, advantages):
+        """(gradient, loss, tokens where the clip decides, tokens) of an optimizer step over these responses."""
+        gradient, loss, cut, count = 0.0, 0.0, 0, sum(len(self.new[j]) for j in rows)
+        for j in rows:
+            new, old, n = self.new[j], (self.old if off else self.new)[j], self.lengths[j]
+            weight = 1 / {"grpo": len(rows) * n, "dapo": count, "dr_grpo": len(rows) * args.max_new_tokens}[args.loss_type]
+            beta = args.kl_coef if args.kl_in == "loss" else 0.0
+            each = terms(new, old, self.ref[j], advantages[j], beta, args.kl_estimator,
+                         args.importance_sampling_level, args.clip_coef, args.clip_coef_high)  # fmt: skip
+            repeated = n if args.importance_sampling_level == "sequence" else 1  # n equal losses of all n tokens
+            gradient = gradient + tensor(*[weight * repeated * slope for _, slope, _ in each]) @ self.jacobian[j]
+            loss, cut = loss + weight * math.fsum(x for x, *_ in each), cut + sum(c for *_, c in each)
+        return gradient, loss, cut, count
+
+
+canned_of = lru_cache(Canned)
+
+
+@pytest.fixture
+def canned(double, tiny, watch, monkeypatch):
+    """canned(kind, flags, groups) -> (Canned, Args, metrics, the policy's index of each micro-batch, optimizer steps) of
+    a run of two updates without learning rate: on samples of the policy, and on those of another.
+    """
+
+    def start(kind, groups=4, **flags):
+        case = canned_of(kind)
+        batches = [case.batch(off, groups) for off in (False, True)]
+        values = {"eval/reward": 0.0, "eval/kl": 0.0, "eval/pass_at_1": 0.0}
+        sample = {"prompt": "", "completion": "", "reward": 0.0, "kl": 0.0}
+        monkeypatch.setattr(grpo, "load_model", lambda *_: (case.policy.train(), tokenizer, [2]))
+        monkeypatch.setattr(grpo, "load_reward", lambda *_: (None, None))
+        monkeypatch.setattr(grpo, "load_prompts", lambda *_: prompts)
+        monkeypatch.setattr(grpo, "copy", SimpleNamespace(deepcopy=lambda _: torch.nn.Identity()))  # never used
+        monkeypatch.setattr(grpo, "save_model", lambda *_: None)
+        monkeypatch.setattr(grpo, "rollout", lambda *_: batches.pop(0))
+        monkeypatch.setattr(grpo, "evaluate", lambda *_: (values, [sample]))
+        defaults = {"learning_rate": 0.0, "clip_coef_high": 0.28, "max_grad_norm": 1e9, "update_epochs": 1,
+                    "total_episodes": 24, "max_new_tokens": 11}  # fmt: skip
+        args = tiny(**{**defaults, **flags})
+        scored.clear()
+        with optimizer_steps() as steps:
+            metrics = grpo.main(args)
+        return case, args, metrics, [inputs[2].tolist() for inputs, _ in scored], steps
+
+    tokenizer, scored, prompts = word_tokenizer(), watch("response_logprobs"), [({}, [5, 6])] * 12
+    return start
+
+
+@only("llama")  # of the fixture tiny; both kinds are taken in turns here
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradients_of_an_update_in_every_combination(canned, loss_type, scale):
+    """All optimizer steps of two updates, the first on samples of the policy, the second on those of another: every
+    minibatch by loops over single responses, each with its own log-probs, and the metrics of the second update."""
+    cases = itertools.product(BASELINES, ("loss", "reward"), ESTIMATORS, LEVELS, (False, True))
+    seen = set()
+    for k, (baseline, kl_in, estimator, level, drop) in enumerate(cases):
+        parts = 2 if k % 3 == 0 else 1
+        case, args, metrics, index, steps = canned(
+            ("llama", "gpt2")[(k + k // 2 + k // 4 + k // 12 + k // 24) % 2], loss_type=loss_type,
+            scale_rewards=scale, baseline=baseline, kl_in=kl_in, kl_estimator=estimator,
+            importance_sampling_level=level, drop_zero_std=drop, num_minibatches=parts, batch_size=12 // parts,
+            micro_batch_size=3 if k % 5 == 0 else 12 // parts)  # fmt: skip
+        what, index = vars(args), sum(index, [])
+        assert len(steps) == 2 * parts, what
+        for number, off in enumerate((False, True)):
+            advantages, kept = case.advantages(args, off)
+            rows, index = index[: len(kept)], index[len(kept) :]
+            assert sorted(rows) == kept and len(kept) == (6 if drop else 12), what
+            cut = -(-len(kept) // parts)  # of an odd number, the first minibatch has one more
+            minibatches = [rows[i : i + cut] for i in range(0, len(rows), cut)]
+            want = [case.step(minibatch, args, off, advantages) for minibatch in minibatches]
+            for (_, got), (gradient, *_) in zip(steps[parts * number :], want):
+                assert (vector(got) - gradient).norm() < 1e-6 * gradient.norm() and gradient.norm() > 1e-3, what
+        assert not index and metrics["loss"] == pytest.approx(sum(x[1] for x in want) / parts, rel=1e-5, abs=1e-6), what
+        clipped = sum(x[2] for x in want) / sum(x[3] for x in want)
+        assert metrics["policy/clipfrac"] == pytest.approx(clipped, abs=1e-6), what
+        assert metrics["frac_reward_zero_std"] == 0.5 and metrics["reward_std"] == pytest.approx(case.STD), what
+        seen.add((level, 0 < clipped < 1))
+    assert ("token", True) in seen and ("sequence", True) in seen
+
+
+@only("gpt2")
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_dropped_groups_leave_the_loss_and_its_denominators(canned, loss_type):
+    """Two of four groups with equal rewards: the gradient is that of an update that never had them, up to
+    rounding; kept, they dilute it, and pull towards the reference."""
+    flags = dict(loss_type=loss_type, scale_rewards="none", num_minibatches=1, kl_estimator="k3")
+    runs = [canned("gpt2", groups, drop_zero_std=drop, batch_size=3 * groups, micro_batch_size=3,
+                   total_episodes=6 * groups, **flags) for groups, drop in ((4, True), (2, False), (4, False))]  # fmt: skip
+    for number in (0, 1):
+        dropped, alone, diluted = (vector(steps[number][1]) for *_, steps in runs)
+        assert (dropped - alone).norm() < 1e-9 * alone.norm() and (diluted - alone).norm() > 0.1 * alone.norm()
+    (_, _, dropped, *_), (_, _, alone, *_), (_, _, diluted, *_) = runs
+    for name in ("loss", "entropy", "policy/clipfrac", "policy/approx_kl", "grad_norm"):
+        assert dropped[name] == pytest.approx(alone[name], rel=1e-6)
+        assert diluted[name] != pytest.approx(alone[name], rel=1e-3)
+    assert dropped["frac_reward_zero_std"] == diluted["frac_reward_zero_std"] == 0.5
+    assert dropped["reward_std"] == diluted["reward_std"] == pytest.approx(alone["reward_std"] / 2)
+
+
+@only("llama")
+def test_groups_of_equal_rewards_feel_the_kl_in_the_loss_alone(canned, monkeypatch):
+    """Their gradient is beta times that of the KL: without one there is none."""
+    gradients = {}
+    monkeypatch.setattr(canned_of("llama"), "rewards", [0.7] * 12)
+    for beta in (0.0, 0.2, 0.4):
+        case, args, *_, steps = canned(
+            "llama", kl_coef=beta, kl_estimator="k3", num_minibatches=1, batch_size=12, micro_batch_size=12)
+        gradients[beta] = vector(steps[1][1])
+        want = case.step(range(12), args, True, [0.0] * 12)[0]
+        assert (gradients[beta] - want).norm() <= 1e-6 * want.norm() and (want.norm() > 1e-3) == (beta > 0)
+    assert (gradients[0.0] == 0).all()
+    assert (gradients[0.4] - 2 * gradients[0.2]).norm() < 1e-9 * gradients[0.4].norm()
+
+
+@pytest.mark.parametrize("flags", [
+    {},
+    RLOO | {"temperature": 0.7, "learning_rate": 1e-4, "clip_coef": 0.7, "clip_coef_high": 2.0},
+    {"loss_type": "dapo", "scale_rewards": "batch", "baseline": "leave_one_out", "kl_estimator": "k2",
+     "clip_coef": 0.1, "clip_coef_high": 0.15, "temperature": 0.7, "missing_eos_penalty": 0.4},
+    {"reward": "uneven", "loss_type": "dr_grpo", "scale_rewards": "none", "kl_estimator": "k3",
+     "importance_sampling_level": "sequence", "drop_zero_std": True, "learning_rate": 1e-4},
+], ids=["published", "rloo", "dapo", "dr_grpo"])  # fmt: skip
+def test_a_run_by_loops_over_single_rows(tiny, watch, double, flags):
+    """From the sampled ids alone: scores, penalty, KL and advantages of the second update, where pi is not pi_ref, and
+    the gradient of each of its four optimizer steps, by autograd through the model's own logits of single rows."""
+    rollouts, scored, loaded = watch("rollout"), watch("response_logprobs"), watch("load_model")
+    args = tiny(**{"total_episodes": 24, "learning_rate": 3e-3, "max_grad_norm": 1e9, "micro_batch_size": 3,
+                   "max_new_tokens": 8, **flags})  # fmt: skip
+    with optimizer_steps() as steps:
+        metrics = grpo.main(args)
+    batch, policy = rollouts[2][1][0], loaded[0][1][0]
+    rows = list(zip(batch["prompts"], batch["responses"]))
+
+    def score(weights):
+        with torch.no_grad():
+            for p, weight in zip(policy.parameters(), weights):
+                p.copy_(weight)
+        return [row_logprobs(policy, *row, args.temperature) for row in rows]
+
+    with torch.no_grad():
+        old, ref = score(steps[-4][0]), score(steps[0][0])  # the weights at the second update's start, and the first's
+    name, inside = flags.get("reward", "score"), args.kl_in == "reward"
+    numbers = [row["number"] for row, _ in rollouts[2][0][3]]
+    rewards = [reward_of(name, y, number) - args.missing_eos_penalty * (y[-1] not in STOPS)
+               for (_, y), number in zip(rows, numbers)]  # fmt: skip
+    assert metrics["reward"] == pytest.approx(statistics.fmean(rewards), abs=1e-6)
+    assert metrics["kl"] == pytest.approx(statistics.fmean((p - q).sum().item() for p, q in zip(old, ref)), abs=1e-4)
+    empty = [i for i in range(12) if len(set(rewards[3 * (i // 3) : 3 * (i // 3) + 3])) == 1]
+    assert metrics["frac_reward_zero_std"] == pytest.approx(len(empty) / 12)
+    for i in range(12):  # KL in the reward is k1 unless asked otherwise
+        rewards[i] -= args.kl_coef * (old[i] - ref[i]).sum().item() * inside
+    groups = [rewards[i : i + 3] for i in range(0, 12, 3)]
+    advantages = sum(advantages_by_loops(groups, args.baseline, args.scale_rewards), [])
+    kept = [i for i in range(12) if not args.drop_zero_std or i not in empty]
+    assert (0 < len(kept) < 12) == args.drop_zero_std and len(set(map(len, batch["responses"]))) > 2
+    index = torch.cat([inputs[2] for inputs, _ in scored if inputs[0].training]).tolist()[-2 * len(kept) :]
+    half = -(-len(kept) // 2)
+    parts = [index[:half], index[half : len(kept)], index[len(kept) : len(kept) + half], index[len(kept) + half :]]
+    assert sorted(parts[0] + parts[1]) == sorted(parts[2] + parts[3]) == kept and parts[0] != parts[2]
+    losses, moved = [], 0.0
+    for part, (weights, gradient) in zip(parts, steps[-4:]):
+        new, loss = score(weights), 0.0
+        count = sum(len(rows[j][1]) for j in part)
+        for j in part:
+            a, n = advantages[j], len(rows[j][1])
+            p, q, o = (x[j].split(n if args.importance_sampling_level == "sequence" else 1) for x in (new, ref, old))
+            total = 0.0
+            for x, y, z in zip(p, q, o):
+                d, rho = x.sum() - y.sum(), (x.sum() - z.sum()).exp()
+                moved = max(moved, abs(rho.item() - 1))
+                high = args.clip_coef_high if a > 0 else math.inf  # a rise is held for the good, a fall for the bad
+                low = args.clip_coef if a < 0 else 1.0
+                kl = d * d / 2 if args.kl_estimator == "k2" else (-d).exp() - 1 + d
+                total = total - a * rho.clamp(1 - low, 1 + high) * len(x) + (not inside) * args.kl_coef * kl * len(x)
+            by = {"grpo": len(part) * n, "dapo": count, "dr_grpo": len(part) * args.max_new_tokens}[args.loss_type]
+            loss = loss + total / by
+        want = vector(torch.autograd.grad(loss, list(policy.parameters())))
+        assert (vector(gradient) - want).norm() < 1e-6 * want.norm() and want.norm() > 1e-3
+        losses.append(loss.item())
+    assert metrics["loss"] == pytest.approx(statistics.fmean(losses), rel=1e-5, abs=1e-6) and moved > 0.05
+    assert metrics["grad_norm"] == pytest.approx(want.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type, kind, drop", [
+    ("grpo", "gpt2", False), ("dapo", "llama", False), ("dr_grpo", "gpt2", False), ("grpo", "llama", True),
+    ("dapo", "gpt2", True)], indirect=["kind"])  # fmt: skip
+def test_micro_batches_change_no_gradient_and_no_metric(tiny, double, tmp_path, loss_type, drop):
+    """Guard: micro-batch invariance, of all optimizer steps of an update and all that is logged, in float64."""
+    seen = {}
+    for micro in (8, 4, 2, 1):
+        folder = tmp_path / f"{micro}"
+        with optimizer_steps() as steps:
+            grpo.main(tiny("uneven" if drop else "score", micro_batch_size=micro, batch_size=8, num_generations=4,
+                           total_episodes=16, loss_type=loss_type, drop_zero_std=drop, max_grad_norm=1e9,
+                           update_epochs=1, output_dir=str(folder)))  # fmt: skip
+        logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logged = {f"{i} {name}": value for i, row in enumerate(logged) for name, value in row.items()
+                  if name != "tokens_per_second"}  # fmt: skip
+        seen[micro] = [vector(gradient) for _, gradient in steps], logged
+    assert len(seen[8][0]) == 2 and (0 < seen[8][1]["1 frac_reward_zero_std"] < 1 or not drop)
+    for micro in (4, 2, 1):
+        for got, want in zip(seen[micro][0], seen[8][0]):
+            assert (got - want).norm() < 1e-6 * want.norm() and want.norm() > 1e-3
+        assert seen[micro][1] == pytest.approx(seen[8][1], rel=1e-5, abs=1e-6)  # summed in float32
+
+
+@pytest.mark.parametrize("loss_type, level", [("grpo", "token"), ("dapo", "sequence")])
+def test_metrics_of_an_update_by_loops(tiny, watch, loss_type, level):
+    """Means over all tokens of all epochs, and of the loss over all optimizer steps, from what grpo_loss got."""
+    losses, scored, rollouts = watch("grpo_loss"), watch("response_logprobs"), watch("rollout")
+    advantages = watch("group_advantages")
+    got = grpo.main(tiny("uneven", micro_batch_size=2, learning_rate=1e-2 if level == "token" else 1e-4,
+                         clip_coef=0.05, clip_coef_high=0.07, loss_type=loss_type,
+                         importance_sampling_level=level, missing_eos_penalty=0.5))  # fmt: skip
+    entropies = [result[1] for (model, *_), result in scored if model.training]
+    each = {name: [] for name in ("policy/clipfrac", "policy/approx_kl", "entropy")}
+    steps = [0.0] * 4  # of three micro-batches each
+    for k, ((new, old, ref, a, mask, beta, *_), _) in enumerate(losses):
+        step = losses[k // 3 * 3 : k // 3 * 3 + 3]
+        count = sum(int(inputs[4].sum()) for inputs, _ in step)
+        for b, n in enumerate(mask.sum(1).tolist()):
+            rows = [x[b, :n].tolist() for x in (new, old, ref)]
+            values = terms(*rows, a[b].item(), beta, "k3", level, 0.05, 0.07)
+            steps[k // 3] += math.fsum(x for x, *_ in values) / (6 * n if loss_type == "grpo" else count)
+            each["policy/clipfrac"] += [clipped for *_, clipped in values]
+            each["policy/approx_kl"] += [math.exp(x - y) - 1 - (x - y) for x, y, _ in zip(*rows)]
+            each["entropy"] += entropies[k][b, :n].tolist()
+    assert len(losses) == 12 and 0 < sum(each["policy/clipfrac"]) < len(each["policy/clipfrac"])
+    for name, values in each.items():
+        assert got[name] == pytest.approx(statistics.fmean(values), rel=1e-4, abs=1e-6), name
+    assert got["loss"] == pytest.approx(statistics.fmean(steps), rel=1e-4, abs=1e-6)
+    assert 0 < got["entropy"] < math.log(VOCABULARY) and got["policy/approx_kl"] > 0
+    groups, batch = advantages[0][0][0].tolist(), rollouts[1][1][0]
+    assert got["reward_std"] == pytest.approx(statistics.fmean(map(statistics.stdev, groups)), rel=1e-5)
+    assert got["frac_reward_zero_std"] == pytest.approx(sum(len(set(group)) == 1 for group in groups) / 4)
+    assert got["reward"] == pytest.approx(statistics.fmean(sum(groups, [])), rel=1e-5)
+    assert got["num_tokens"] == sum(map(len, batch["responses"])) and got["episode"] == 12
+
+
+def test_entropy_and_logprobs_by_loops(model):
+    prompts, responses = sides(ragged_rows())
+    batch = {"prompts": prompts, "responses": responses, "mask": MASK}
+    args = grpo.Args(temperature=0.7)
+    with torch.no_grad():
+        logprobs, entropy = grpo.response_logprobs(
+            model, batch, torch.arange(4), args, contextlib.nullcontext, entropy=True)  # fmt: skip
+        for i, (prompt, response) in enumerate(zip(prompts, responses)):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double() / 0.7
+            logp = torch.log_softmax(logits, -1)
+            assert (logprobs[i, : len(response)] - logp[range(len(response)), response]).abs().max() < 2e-5
+            assert (entropy[i, : len(response)] + (logp.exp() * logp).sum(-1)).abs().max() < 2e-5
+    assert (logprobs[~MASK] == 0).all() and (entropy[~MASK] == 0).all()
+
+
+# ---- Evaluation and diagnoses ----
+
+
+@pytest.mark.parametrize("prompts, samples, n, want", [
+    (3, 7, 2, {"eval/pass_at_1": 3 / 6, "eval/pass_at_2": 2 / 3}),
+    (2, 6, 3, {"eval/pass_at_1": 3 / 6, "eval/pass_at_3": 1.0}),
+    (6, 6, 1, {"eval/pass_at_1": 3 / 6}),
+    (9, 6, 1, {"eval/pass_at_1": 3 / 6}),  # more prompts than samples: the first ones
+])  # fmt: skip
+def test_pass_rates_by_hand(monkeypatch, prompts, samples, n, want):
+    """Only the first reward counts, from 1 on; a None, NaN here, has not passed; penalties have no part in it."""
+    scores = torch.tensor([[1.0, 0.99, 0.0, math.nan, 1.0, 2.5], [9.0] * 6])
+    seen = {}
+
+    def rollout(policy, reference, rewards, rows, eos_ids, args, autocast, seed):
+        seen.update(rows=[row["number"] for row, _ in rows], seed=seed)
+        batch = {"prompts": [ids for _, ids in rows], "responses": [[10 + k, 2] for k in range(6)],
+                 "scores": scores, "rewards": torch.arange(6.0) - 5, "kl": torch.arange(6.0) / 10}  # fmt: skip
+        return batch, {"reward": 0.25, "kl": 1.5}
+
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    held_out = [({"number": i}, [20 + i]) for i in range(prompts)]
+    args = grpo.Args(eval_samples=samples, seed=3)
+    metrics, rows = grpo.evaluate(None, None, None, word_tokenizer(), held_out, [2], args, contextlib.nullcontext)
+    assert seen == {"rows": [k // n for k in range(6)], "seed": 3}
+    assert metrics == pytest.approx({**want, "eval/reward": 0.25, "eval/kl": 1.5})
+    assert rows == [{"prompt": f"w{20 + k // n}", "completion": f"w{10 + k}", "reward": k - 5.0,
+                     "kl": pytest.approx(k / 10)} for k in range(0, 6, n)]  # fmt: skip
+
+
+def test_each_diagnosis_appears_exactly_on_its_trouble():
+    healthy = {"frac_reward_zero_std": 0.5, "completions/eos_rate": 0.5, "policy/clipfrac": 0.3,
+               "policy/logprob_gap": 0.5}  # fmt: skip
+    assert grpo.diagnoses(healthy) == []
+    troubles = {"frac_reward_zero_std": (0.51, "51% of groups had zero variance"),
+                "completions/eos_rate": (0.25, "75% of responses were cut"),
+                "policy/clipfrac": (0.42, "the clip decides for 42% of tokens"),
+                "policy/logprob_gap": (0.75, "differ by 0.75 nats")}  # fmt: skip
+    for name, (value, words) in troubles.items():
+        (line,) = grpo.diagnoses({**healthy, name: value})
+        assert words in line
+    everything = grpo.diagnoses({name: value for name, (value, _) in troubles.items()})
+    assert len(everything) == 4 and all(words in line for (_, words), line in zip(troubles.values(), everything))
+
+
+@only("gpt2")
+def test_diagnoses_reach_the_screen(tiny, capsys):
+    grpo.main(tiny("by_prompt", max_new_tokens=4))
+    assert "100% of groups had zero variance" in capsys.readouterr().out
+
+
+# ---- It learns, and learns nothing from noise ----
+
+
+@only("llama")
+def test_it_learns_from_rewards_and_nothing_from_noise(tiny, tmp_path):
+    """Share of one word: from 0.01 to above 0.75 in 30 updates; with rewards shuffled over the rows it stays, and with
+    their sign flipped it falls."""
+    config = make_model("llama").config
+    config.num_hidden_layers, model = 2, str(tmp_path / "model")
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(model)
+    word_tokenizer().save_pretrained(model)
+    share = {}
+    for name in ("fraction", "shuffled", "flipped"):
+        metrics = grpo.main(tiny(
+            name, model=model, total_episodes=960, num_generations=8, batch_size=32, num_minibatches=1,
+            update_epochs=1, micro_batch_size=32, max_new_tokens=8, learning_rate=3e-3, anneal_lr=False,
+            kl_coef=0.0, eval_samples=256, output_dir=str(tmp_path / name)))  # fmt: skip
+        first = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        share[name] = [abs(x["eval/reward"]) for x in (first, metrics)]
+    assert all(0.005 < before < 0.02 for before, _ in share.values())
+    assert share["fraction"][1] > 0.75 and share["shuffled"][1] < 0.02
+    assert share["flipped"][1] < share["flipped"][0] / 2
