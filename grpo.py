@@ -65,7 +65,7 @@ class Args:
     batch_size: int = 128  # responses an optimizer step
     num_minibatches: int = 1  # optimizer steps a pass over an update's batch_size * num_minibatches responses
     update_epochs: int = 1  # passes over them (1 to 4)
-    micro_batch_size: int = 128  # responses a forward pass: less memory if lower, and the same gradient
+    micro_batch_size: int = 64  # responses a forward pass: less memory if lower, and the same gradient
     max_prompt_length: int = 512  # tokens; longer prompts are dropped and counted
     max_new_tokens: int = 40  # longest response, in tokens
     temperature: float = 1.0  # of sampling, and of all log-probs
@@ -316,9 +316,9 @@ def save_model(run, args, model, tokenizer, eos_ids, seconds):
 @torch.no_grad()
 def rollout(policy, reference, reward_funcs, rows, eos_ids, args, autocast, seed):
     """Sample and score a response for each (row, prompt ids): (batch, metrics). The batch holds prompts and
-    responses as token ids; mask, logprobs (the sampler's) and ref_logprobs (B, R); rewards (B,), the weighted
-    sum; scores (len(args.reward), B), NaN for None; kl (B,). Metrics are means over the responses, in nats a
-    response and units of the reward.
+    responses as token ids; mask, logprobs (the sampler's) and ref_logprobs (B, R); kl, sizes (B,); scores
+    (len(args.reward), B), NaN for None; rewards, their weighted sum (B,). Metrics are means over the
+    responses, in nats a response and units of the reward.
     """
     rows, prompts = map(list, zip(*rows))
     with autocast():
@@ -328,8 +328,10 @@ def rollout(policy, reference, reward_funcs, rows, eos_ids, args, autocast, seed
     responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     finished = torch.tensor([row[-1] in eos_ids for row in responses], device=tokens.device)
     batch = {"prompts": prompts, "responses": responses, "mask": mask, "logprobs": logprobs}
-    batch["ref_logprobs"] = torch.cat([response_logprobs(reference, batch, index, args, autocast)[0]
-                                       for index in torch.arange(len(rows)).split(args.micro_batch_size)])
+    batch["sizes"] = torch.tensor([len(x) + len(y) for x, y in zip(prompts, responses)])  # in tokens
+    batch["ref_logprobs"] = torch.zeros_like(logprobs)
+    for index in batch["sizes"].argsort(stable=True).split(args.micro_batch_size):  # sorted: less padding
+        batch["ref_logprobs"][index] = response_logprobs(reference, batch, index, args, autocast)[0]
     batch["kl"] = torch.where(mask, kl_estimate(logprobs, batch["ref_logprobs"], "k1"), 0.0).sum(1)
     batch["scores"] = torch.stack([reward(rows, prompts, responses) for reward, _ in reward_funcs])
     if batch["scores"].isnan().all(0).any():
@@ -475,6 +477,7 @@ def main(args: Args) -> dict:
         for epoch in range(args.update_epochs if len(kept) else 0):
             order = kept[torch.randperm(len(kept), generator=generator(update * args.update_epochs + epoch))]
             for number, minibatch in enumerate(order.chunk(args.num_minibatches)):
+                minibatch = minibatch[batch["sizes"][minibatch].argsort(stable=True)]
                 weights = token_weights(mask[minibatch], args.loss_type, args.max_new_tokens)
                 for index, w in zip(*(x.split(args.micro_batch_size) for x in (minibatch, weights))):
                     m, old = mask[index], old_logprobs[index]

@@ -348,8 +348,8 @@ def save_model(run, args, model, tokenizer, eos_ids, seconds):
 @torch.no_grad()
 def rollout(policy, reference, reward, rows, eos_ids, kl_coef, args, autocast, seed):
     """Sample and score a response for each (row, prompt ids): (batch, metrics). The batch holds prompts and
-    responses as token ids; mask, logprobs (the sampler's) and ref_logprobs (B, R); scores, kl (B,). Metrics
-    are means over the responses, in nats a response and units of the reward.
+    responses as token ids; mask, logprobs (the sampler's) and ref_logprobs (B, R); scores, kl, sizes (B,).
+    Metrics are means over the responses, in nats a response and units of the reward.
     """
     rows, prompts = map(list, zip(*rows))
     with autocast():
@@ -359,8 +359,10 @@ def rollout(policy, reference, reward, rows, eos_ids, kl_coef, args, autocast, s
     responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     finished = torch.tensor([row[-1] in eos_ids for row in responses], device=tokens.device)
     batch = {"prompts": prompts, "responses": responses, "mask": mask, "logprobs": logprobs}
-    batch["ref_logprobs"] = torch.cat([response_logprobs(reference, batch, index, args, autocast)[0]
-                                       for index in torch.arange(len(rows)).split(args.micro_batch_size)])
+    batch["sizes"] = torch.tensor([len(x) + len(y) for x, y in zip(prompts, responses)])  # in tokens
+    batch["ref_logprobs"] = torch.zeros_like(logprobs)
+    for index in batch["sizes"].argsort(stable=True).split(args.micro_batch_size):  # sorted: less padding
+        batch["ref_logprobs"][index] = response_logprobs(reference, batch, index, args, autocast)[0]
     batch["kl"] = torch.where(mask, kl_estimate(logprobs, batch["ref_logprobs"], "k1"), 0.0).sum(1)
     batch["scores"] = reward(rows, prompts, responses) - args.missing_eos_penalty * ~finished
     if batch["scores"].isnan().any():
@@ -466,8 +468,8 @@ def main(args: Args) -> dict:
         old_values = torch.zeros_like(rewards)
         if critic:
             with torch.no_grad():
-                old_values = torch.cat([response_values(critic, batch, index, autocast)
-                                        for index in torch.arange(episodes).split(args.micro_batch_size)])
+                for index in batch["sizes"].argsort(stable=True).split(args.micro_batch_size):
+                    old_values[index] = response_values(critic, batch, index, autocast)
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
         spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
         metrics |= {"val/explained_variance": (1 - masked_mean(advantages.square(), mask) / spread).item(),
@@ -485,6 +487,7 @@ def main(args: Args) -> dict:
         for epoch in range(args.update_epochs):
             order = torch.randperm(episodes, generator=generator(update * args.update_epochs + epoch))
             for number, minibatch in enumerate(order.split(args.batch_size)):
+                minibatch = minibatch[batch["sizes"][minibatch].argsort(stable=True)]
                 tokens = mask[minibatch].sum()  # of the whole optimizer step
                 for index in minibatch.split(args.micro_batch_size):
                     m, old, advantage = mask[index], old_logprobs[index], advantages[index]

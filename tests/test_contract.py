@@ -1950,7 +1950,7 @@ def test_micro_batches_change_no_loss(go, starts, ragged, flags):
 
 # ---- 7. The house ----
 
-BUDGETS = {"bandit_bt": 320, "sft": 300, "reward_model": 405, "dpo": 360, "grpo": 540, "ppo": 555,
+BUDGETS = {"bandit_bt": 320, "sft": 300, "reward_model": 405, "dpo": 360, "grpo": 540, "ppo": 560,
            "common": 575}  # grpo: 420 in the design, before helpers that it shares with ppo.py were written
 SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 HOUSE = [stem for stem in SOURCES if stem != "common"]

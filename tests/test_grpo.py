@@ -980,7 +980,8 @@ class Canned:
         spread = lambda x: torch.full(mask.shape, math.nan).masked_scatter(mask, torch.tensor(sum(x[: len(rows)], [])))
         batch = {"prompts": self.prompts[: len(rows)], "responses": self.responses[: len(rows)], "mask": mask,
                  "logprobs": spread(self.old if off else self.new), "ref_logprobs": spread(self.ref),
-                 "rewards": torch.tensor(self.rewards[: len(rows)])}  # fmt: skip
+                 "rewards": torch.tensor(self.rewards[: len(rows)]),
+                 "sizes": torch.tensor([len(x) + len(y) for x, y in zip(self.prompts, self.responses)])}  # fmt: skip
         return batch, {"reward": 0.0, "kl": 0.0, "completions/eos_rate": 1.0}
 
     def advantages(self, args, off):
