@@ -504,7 +504,7 @@ def check_flags(args) -> None:
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in zero):
             fail(f"--{name.replace('_', '-')} is {value}: out of range")
-    if args.batch_size % args.micro_batch_size:
+    if args.batch_size > args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device")

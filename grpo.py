@@ -35,6 +35,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ from common import (
 @dataclass
 class Args:
     model: str = "runs/sft/model"  # folder or Hub id: start and reference; sft.py makes the default one
-    reward: tuple[str, ...] = ("data/gold_reward.py:gold_reward",)  # file.py:function or reward model folder
+    reward: tuple[str, ...] = ("data/gold_reward.py:gold_reward",)  # file.py:function or folder, one or more
     reward_weights: tuple[float, ...] = ()  # of several rewards in their sum; empty: 1 each
     dataset: str = "data/prompts.jsonl"  # file or Hub id: prompt; further columns reach a reward function
     eval_dataset: str = ""  # held-out rows; empty: the data set's own test file, else one prompt in twenty
@@ -84,7 +85,7 @@ class Args:
     clip_coef_high: float = 0.2  # how far it may rise (0.28 in DAPO)
     missing_eos_penalty: float = 0.0  # subtracted from the reward of a response without EOS
     eval_every: int = 10  # updates between evaluations with samples (0: only before and after)
-    eval_samples: int = 128  # responses at each evaluation, spread over the held-out prompts
+    eval_samples: int = 128  # responses at each evaluation, one or several to a held-out prompt
     save_every: int = 20  # updates between checkpoints to resume from (0: only on Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA when there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products, not weights; auto: bf16 on CUDA
@@ -245,11 +246,13 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     if file.endswith(".py"):
         source = importlib.util.spec_from_file_location(spec.replace(".", "_"), file)  # a name of its own
         module = sys.modules[source.name] = importlib.util.module_from_spec(source)
+        sys.path.append(str(Path(file).resolve().parent))  # for what it imports
+        place = lambda error: "{1}:{2}: {0!r}".format(error, *traceback.extract_tb(error.__traceback__)[-1])
         try:
             source.loader.exec_module(module)
             function = getattr(module, name)
-        except Exception as error:  # whatever the user's file raises
-            fail(f"--reward {spec}: {error!r}")
+        except (Exception, SystemExit) as error:  # whatever the user's file raises
+            fail(f"--reward {spec}: {place(error)}")
 
         def from_function(rows, prompts, responses):
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -260,10 +263,12 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
             try:
                 scores = function(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
                 scores = [None if score is None else float(score) for score in scores]
-            except Exception as error:
-                fail(f"--reward {spec}: {error!r}")
-            if len(scores) != len(rows) or not all(score is None or abs(score) < 1e30 for score in scores):
-                fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
+            except (Exception, SystemExit) as error:
+                fail(f"--reward {spec}: {place(error)}, given columns {sorted(columns)}")
+            if len(scores) != len(rows):
+                fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions")
+            if not all(score is None or abs(score) < 1e30 for score in scores):
+                fail(f"--reward {spec}: a score that is not finite")
             return torch.tensor([math.nan if score is None else score for score in scores], device=device)
 
         return from_function, None
@@ -350,15 +355,16 @@ def rollout(policy, reference, reward_funcs, rows, eos_ids, args, autocast, seed
 def evaluate(policy, reference, reward_funcs, tokenizer, held_out, eos_ids, args, autocast):
     """(metrics, samples): a rollout of the held-out prompts, n times each to have --eval-samples responses.
 
-    pass_at_1 is the share of responses that the first reward gives at least 1, as a verifiable one does to
-    right answers, pass_at_n that of prompts with such a response among n: what there is to select from.
+    If the first reward is 1 or 0, right or wrong, pass_at_1 is the share of right responses and pass_at_n
+    that of prompts with a right one among n: what there is to select from.
     """
     n = max(args.eval_samples // len(held_out), 1)
     rows = [row for row in held_out[: args.eval_samples] for _ in range(n)]
     batch, metrics = rollout(policy, reference, reward_funcs, rows, eos_ids, args, autocast, args.seed)
-    passed = (batch["scores"][0] >= 1).view(-1, n)  # (held-out prompts, n)
-    shares = {f"pass_at_{n}": passed.any(1), "pass_at_1": passed}
-    metrics |= {name: x.float().mean().item() for name, x in shares.items()}
+    scores = batch["scores"][0].nan_to_num(0.0).view(-1, n)  # (held-out prompts, n)
+    if ((scores == 0) | (scores == 1)).all():
+        shares = {f"pass_at_{n}": (scores == 1).any(1), "pass_at_1": scores == 1}
+        metrics |= {name: x.float().mean().item() for name, x in shares.items()}
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
     columns = zip(decode(batch["prompts"]), decode(batch["responses"]), batch["rewards"], batch["kl"])
     samples = [{"prompt": x, "completion": y, "reward": float(r), "kl": float(kl)} for x, y, r, kl in columns]
@@ -389,7 +395,7 @@ def main(args: Args) -> dict:
     if G < 2 or episodes % G:
         fail(f"--num-generations {G}: at least 2, and a divisor of an update's {episodes} responses")
     if not args.reward or len(args.reward_weights) not in (0, len(args.reward)):
-        fail(f"--reward, --reward-weights: {len(args.reward)} rewards and {len(args.reward_weights)} weights")
+        fail(f"--reward, --reward-weights: rewards {len(args.reward)}, weights {len(args.reward_weights)}")
     if not all(abs(weight) < 1e6 for weight in args.reward_weights):
         fail(f"--reward-weights {args.reward_weights}: out of range")
     kl_estimator = args.kl_estimator
@@ -442,7 +448,7 @@ def main(args: Args) -> dict:
                 fail(f"update {update}: the evaluation gives NaN: lower --learning-rate")
             log(update, after, samples)
             bar.write(f"update {update}: reward {after['eval/reward']:.3f} KL {after['eval/kl']:.3f} "
-                      f"pass@1 {after['eval/pass_at_1']:.3f} {samples[0]['completion'][:80]!r}")
+                      f"{samples[0]['completion'][:80]!r}")
             for line in diagnoses(metrics) if metrics else ():
                 bar.write(f"  {line}")
         if update == num_updates:

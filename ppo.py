@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -249,11 +250,13 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     if file.endswith(".py"):
         source = importlib.util.spec_from_file_location(spec.replace(".", "_"), file)  # a name of its own
         module = sys.modules[source.name] = importlib.util.module_from_spec(source)
+        sys.path.append(str(Path(file).resolve().parent))  # for what it imports
+        place = lambda error: "{1}:{2}: {0!r}".format(error, *traceback.extract_tb(error.__traceback__)[-1])
         try:
             source.loader.exec_module(module)
             function = getattr(module, name)
-        except Exception as error:  # whatever the user's file raises
-            fail(f"--reward {spec}: {error!r}")
+        except (Exception, SystemExit) as error:  # whatever the user's file raises
+            fail(f"--reward {spec}: {place(error)}")
 
         def from_function(rows, prompts, responses):
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -264,10 +267,12 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
             try:
                 scores = function(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
                 scores = [None if score is None else float(score) for score in scores]
-            except Exception as error:
-                fail(f"--reward {spec}: {error!r}")
-            if len(scores) != len(rows) or not all(score is None or abs(score) < 1e30 for score in scores):
-                fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
+            except (Exception, SystemExit) as error:
+                fail(f"--reward {spec}: {place(error)}, given columns {sorted(columns)}")
+            if len(scores) != len(rows):
+                fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions")
+            if not all(score is None or abs(score) < 1e30 for score in scores):
+                fail(f"--reward {spec}: a score that is not finite")
             return torch.tensor([math.nan if score is None else score for score in scores], device=device)
 
         return from_function, None

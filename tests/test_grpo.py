@@ -1023,7 +1023,7 @@ def canned(double, tiny, watch, monkeypatch):
     def start(kind, groups=4, **flags):
         case = canned_of(kind)
         batches = [case.batch(off, groups) for off in (False, True)]
-        values = {"eval/reward": 0.0, "eval/kl": 0.0, "eval/pass_at_1": 0.0}
+        values = {"eval/reward": 0.0, "eval/kl": 0.0}
         sample = {"prompt": "", "completion": "", "reward": 0.0, "kl": 0.0}
         monkeypatch.setattr(grpo, "load_model", lambda *_: (case.policy.train(), tokenizer, [2]))
         monkeypatch.setattr(grpo, "load_reward", lambda *_: (None, None))
@@ -1255,15 +1255,20 @@ def test_entropy_and_logprobs_by_loops(model):
 # ---- Evaluation and diagnoses ----
 
 
-@pytest.mark.parametrize("prompts, samples, n, want", [
-    (3, 7, 2, {"eval/pass_at_1": 3 / 6, "eval/pass_at_2": 2 / 3}),
-    (2, 6, 3, {"eval/pass_at_1": 3 / 6, "eval/pass_at_3": 1.0}),
-    (6, 6, 1, {"eval/pass_at_1": 3 / 6}),
-    (9, 6, 1, {"eval/pass_at_1": 3 / 6}),  # more prompts than samples: the first ones
+RIGHT = [1.0, 0.0, 0.0, math.nan, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("prompts, samples, n, first, want", [
+    (3, 7, 2, RIGHT, {"eval/pass_at_1": 3 / 6, "eval/pass_at_2": 2 / 3}),
+    (2, 6, 3, RIGHT, {"eval/pass_at_1": 3 / 6, "eval/pass_at_3": 1.0}),
+    (6, 6, 1, RIGHT, {"eval/pass_at_1": 3 / 6}),
+    (9, 6, 1, RIGHT, {"eval/pass_at_1": 3 / 6}),  # more prompts than samples: the first ones
+    (3, 6, 2, [1.0, 0.0, 0.5, 0.0, 1.0, 1.0], {}),  # neither right nor wrong: nothing to pass
+    (3, 6, 2, [1.0, 0.0, 2.0, 0.0, 1.0, 1.0], {}),
 ])  # fmt: skip
-def test_pass_rates_by_hand(monkeypatch, prompts, samples, n, want):
-    """Only the first reward counts, from 1 on; a None, NaN here, has not passed; penalties have no part in it."""
-    scores = torch.tensor([[1.0, 0.99, 0.0, math.nan, 1.0, 2.5], [9.0] * 6])
+def test_pass_rates_by_hand(monkeypatch, prompts, samples, n, first, want):
+    """Only the first reward counts; a None, NaN here, has not passed; penalties have no part in it."""
+    scores = torch.tensor([first, [9.0] * 6])
     seen = {}
 
     def rollout(policy, reference, rewards, rows, eos_ids, args, autocast, seed):
