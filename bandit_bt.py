@@ -368,7 +368,7 @@ def train_all(r, log_ref, i, j, args):
         "DPO": (dpo(r, log_ref, beta, i, j), best),
         "GRPO, k1 in the reward": (train(4, clip_coef=0.2, divide=True), best),
         "GRPO, k3 in the loss": (train(4, clip_coef=0.2, kl_in="loss"), forward_kl_optimum(r, log_ref, beta)),
-        "the same, A / std": (train(4, clip_coef=0.2, kl_in="loss", divide=True),
+        "GRPO, k3, A / std": (train(4, clip_coef=0.2, kl_in="loss", divide=True),
                               forward_kl_optimum(r, log_ref, beta * std))}
 
 

@@ -732,7 +732,7 @@ def test_every_method_reaches_its_prediction():
             assert torch.equal(reached[name][1], best)
         assert (reached["GRPO, k3 in the loss"][1] - forward).abs().max() < 1e-12
         assert (reached["DPO"][0] - best).abs().max() < 1e-5
-        logp, goal = reached["the same, A / std"]
+        logp, goal = reached["GRPO, k3, A / std"]
         assert (goal - bt.forward_kl_optimum(r, ref, beta * deviation(r, ref, 0.0, goal.exp()))).abs().max() < 1e-9
         k1, k3 = reached["GRPO, k1 in the reward"][0], reached["GRPO, k3 in the loss"][0]
         apart = bt.kl(best, forward)

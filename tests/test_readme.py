@@ -8,7 +8,7 @@ import pytest
 import tyro
 from conftest import ROOT
 
-SCRIPTS = ("sft", "reward_model", "ppo", "dpo")
+SCRIPTS = ("sft", "reward_model", "ppo", "dpo", "grpo", "bandit_bt")
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
 DOCSTRINGS = "\n".join((ROOT / f"{name}.py").read_text().split('"""')[1] for name in SCRIPTS)
