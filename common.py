@@ -294,7 +294,7 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[i
     logprobs, lengths = torch.zeros(tokens.shape, device=device), tokens.new_zeros(B)
     for first in range(0, B, batch_size):
         rows = prompts[first : first + batch_size]
-        s, P = slice(first, first + len(rows)), max(map(len, rows))
+        s, P = torch.arange(first, first + len(rows), device=device), max(map(len, rows))
         ids = torch.tensor([[0] * (P - len(row)) + row for row in rows], device=device)  # padded on the left
         mask = torch.tensor([[0] * (P - len(row)) + [1] * len(row) for row in rows], device=device)
         alive, cache = torch.ones(len(rows), dtype=torch.bool, device=device), None
@@ -316,9 +316,12 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[i
             logprobs[s, t] = logp.gather(-1, token[:, None]).squeeze(-1).where(alive, 0.0)
             lengths[s] += alive
             alive &= ~torch.isin(token, stop)
-            if not alive.any():
+            if not (left := int(alive.sum())):
                 break
             ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
+            if left < 0.75 * len(s) and all(hasattr(x, "batch_select_indices") for x in cache.layers):
+                cache.batch_select_indices(alive)  # finished rows leave
+                s, ids, mask, alive = s[alive], ids[alive], mask[alive], alive[alive]
     model.train(training)
     R = int(lengths.max())
     return tokens[:, :R], logprobs[:, :R], lengths

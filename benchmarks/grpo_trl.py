@@ -94,7 +94,7 @@ def run_ours(args: Args, form: str, seed: int, folder: str) -> dict:
     batch = args.prompts * args.generations
     flags = grpo.Args(
         model=args.model, dataset=args.dataset, output_dir=folder, seed=seed, batch_size=batch, device="cpu",
-        micro_batch_size=batch, num_generations=args.generations, total_episodes=args.updates * batch,
+        num_generations=args.generations, total_episodes=args.updates * batch,
         learning_rate=args.learning_rate, kl_coef=args.beta, kl_estimator=form, eval_every=0, save_every=0,
         max_new_tokens=args.max_new_tokens)  # else defaults: loss_type grpo, clip 0.2, gradient norm 1
     grpo.make_logger = timed_logger
