@@ -184,20 +184,20 @@ UNITS = ["1,", "1,1", "111,", "-", "-1", "--1", "$", "-$", "$-", "$-$", "1", "1.
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_million_characters_take_no_time(unit):
+def test_long_texts_take_no_time(unit):
     """Of a repeated unit behind the marker, with an end that does not fit; and a fifth of that by itself, and
     before and behind a number. A quadratic search would take minutes.
     """
-    body = (unit * 10**6)[: 10**6]
-    for text in ("####" + body + "x", *(x.format(body[: 10**5 * 2]) for x in ("{}", "#### 1{}", "####{}1%."))):
+    body = (unit * 200_000)[:200_000]
+    for text in ("####" + body + "x", *(x.format(body[:40_000]) for x in ("{}", "#### 1{}", "####{}1%."))):
         for reward in (gsm8k.strict, gsm8k.lenient):
             start = time.process_time()
             assert reward(["?"], [text], ["18"]) == [0.0]
             assert time.process_time() - start < 2
 
 
-def test_a_number_of_a_million_digits_is_compared_exactly():
-    ones = "1" * 10**6
+def test_a_number_of_200_000_digits_is_compared_exactly():
+    ones = "1" * 200_000
     start = time.process_time()
     for text, score in ((ones, 1), (ones + "1", 0), (ones[:-1] + "2", 0), (ones + ".0", 1), (ones + "e0", 1)):
         assert gsm8k.strict(["?"], ["#### " + text], [ones]) == gsm8k.lenient(["?"], [text], [ones]) == [score]
