@@ -3,7 +3,7 @@
     P(i beats j) = exp(r_i) / (exp(r_i) + exp(r_j)) = sigma(r_i - r_j)         Bradley and Terry (1952)
     loss(r)      = -mean of mu log P(i beats j) + (1 - mu) log P(j beats i),   mu = 1, 0, or 0.5 for a tie
     J(pi)        = E_pi[r] - beta KL(pi || pi_ref), maximal at pi* = pi_ref exp(r / beta) / Z
-    J(pi*) - J(pi) = beta KL(pi || pi*): how far any policy is from the best   Eqs. 3, 4 of arXiv:2305.18290
+    J(pi*) - J(pi) = beta KL(pi || pi*), in units of the reward: Eqs. 3, 4 and App. A.1 of arXiv:2305.18290
 
 Arms are the answers to one prompt, or the models of an arena. What the other scripts estimate from samples is
 enumerated here in float64: rewards with their errors, then the policies of REINFORCE, PPO, DPO and GRPO.
@@ -14,7 +14,7 @@ What is done differently, and why:
 3. A tie is half a win for each side. The Fisher information takes it for a coin toss, so where there are ties
    its standard errors are too wide; the bootstrap's intervals are not.
 
-One CPU core, known rewards, 10 s:  python bandit_bt.py
+One CPU core, known rewards, 8 s:   python bandit_bt.py
 The votes of an arena:              python bandit_bt.py --dataset battles.jsonl --output-dir runs/arena
 """
 
@@ -42,21 +42,21 @@ CYCLE = torch.tensor([[0.5, 0.6, 0.4, 0.6], [0.4, 0.5, 0.6, 0.1], [0.6, 0.4, 0.5
 class Args:
     dataset: str = ""  # file or Hub id of votes (see load_votes); empty: votes drawn from known rewards
     output_dir: str = "runs/bandit"  # args.json, metrics.json, leaderboard.json, .csv and .png
-    seed: int = 1  # of the known rewards, the votes and the bootstrap
+    seed: int = 1  # of everything that is drawn
     num_arms: int = 8  # K of the known rewards
     num_votes: int = 4000  # drawn from them, with ties
     l2: float = 0.0  # Gaussian prior: adds l2 / 2 sum r^2 to the sum of losses (0: maximum likelihood)
     num_bootstrap: int = 500  # resampled sets of votes behind the intervals
     beta: float = 0.5  # KL penalty of the policies, in units of the reward per nat
     learning_rate: float = 0.05  # peak of the policies' Adam
-    num_steps: int = 2000  # of each policy
+    num_steps: int = 2000  # of Adam, for each policy but DPO's, which L-BFGS finds
 
 
 # ---- Rewards from votes ----
 
 
 def bt_loss(r, i, j, mu, count):
-    """-mean of mu log sigma(r_i - r_j) + (1 - mu) log sigma(r_j - r_i), a vote each of count: nats.
+    """-mean of mu log sigma(r_i - r_j) + (1 - mu) log sigma(r_j - r_i), rows standing for count votes: nats.
 
     Args: r (K,); i, j arms, mu in [0, 1], count of equal votes: (N,) each. No change under r + c: only
     differences are identified; r -> 2 r is another model. log 2 at r = 0.
@@ -154,7 +154,8 @@ def fit(i, j, votes, wins, K, l2=0.0, start=None, solve=None, tolerance=1e-14):
 
     Each step H^-1 g is shortened to log(1 + d) / d of itself, d the largest change of a margin, so that it
     descends from anywhere (arXiv:1703.04599); H stays (solve) while it divides the gradient by 4 a step.
-    Ends where the norm of the mean loss's gradient is below tolerance; raises ArithmeticError above 1e-9.
+    Ends where the norm of the mean loss's gradient is below tolerance. Raises ArithmeticError if it ends
+    above that and above 1e-9.
     """
     total, before = votes.sum(), math.inf
     if start is None:  # every arm's odds against the others
@@ -359,7 +360,7 @@ def train_all(r, log_ref, i, j, args):
     train = lambda epochs=1, **options: train_policy(
         lambda logp, old: policy_loss(logp, old, r, log_ref, beta, **options), log_ref, epochs, args)
     std = torch.tensor(1.0)
-    for _ in range(100):  # of the rewards at the stationary point that it leads to
+    for _ in range(100):  # the std of the rewards under the stationary point that depends on it
         p = forward_kl_optimum(r, log_ref, beta * std).exp()
         std = (p * (r - (p * r).sum()).square()).sum().sqrt().clamp(min=1e-12)
     return {
@@ -391,7 +392,7 @@ def known_world(args):
 def load_votes(path):
     """(names, (i, j, mu, count), None), i < j, of rows with item_a and item_b, or model_a and model_b, and
     with outcome or winner (a, b, model_a, model_b, an arm's name, tie...), or mu from 1 (a wins) to 0, or
-    numbers of votes wins_a, wins_b and ties. A column count says how many equal votes a row stands for.
+    numbers of votes wins_a, wins_b and ties. Without these, a column count is the number of votes of a row.
     """
     arms, votes = {}, []
     for row in read_rows(path):
@@ -402,7 +403,10 @@ def load_votes(path):
         if a == b:
             fail(f"{where}: {sides[0]!r} against itself")
         outcome, count = str(row.get("outcome", row.get("winner"))), row.get("count", 1)
-        known = {str(sides[0]): 1, str(sides[1]): 0, "a": 1, "model_a": 1, "b": 0, "model_b": 0}
+        named = {str(sides[0]): 1, str(sides[1]): 0}
+        known = {"a": 1, "model_a": 1, "b": 0, "model_b": 0} | named
+        if outcome in ("a", "b") and known[outcome] != (outcome == "a"):
+            fail(f"{where}: outcome {outcome!r} is the letter of one side and the name of the other")
         if "wins_a" in row:
             cells = [(1, row["wins_a"]), (0, row.get("wins_b")), (0.5, row.get("ties", 0))]
         elif "mu" in row or outcome in known or outcome.startswith("tie"):
@@ -442,7 +446,7 @@ def known_answers(r, true, log_ref, args):
     fitted = fit_trajectories(features, won.double())
     same, rank = greedy(fitted) == greedy(w), int(torch.linalg.matrix_rank(features))
     print("rewards of steps, from 2000 comparisons of paths: the greedy policy is the best in every state: "
-          f"{same}\n{rank} of {len(EDGES)} directions show; these do not, for any c:")
+          f"{same}\n{rank} of {len(EDGES)} directions show; the others do not, which for any c are made of")
     print("\n".join(f"  {name}" for name in BLIND))
     metrics = {"rmse": rmse(r), "regret": regret, "rmse_rankings": rmse(ranked), "greedy_is_best": same}
     print("share of pairs in the right order, mean of 50 draws: from ratings, and from as many comparisons")
@@ -510,7 +514,8 @@ def main(args: Args) -> dict:
     (low, high), (best, worst) = (x.double().quantile(INTERVAL, dim=0).tolist() for x in (resampled, ranks))
     met = torch.bincount(pairs[0], pairs[2], K) + torch.bincount(pairs[1], pairs[2], K)
     board = [{"rank": rank, "arm": names[k], "reward": r[k].item(), "se": errors[k].item(), "low": low[k],
-              "high": high[k], "best_rank": int(best[k]), "worst_rank": int(worst[k]), "votes": int(met[k])}
+              "high": high[k], "best_rank": int(best[k]), "worst_rank": math.ceil(worst[k]),
+              "votes": int(met[k])}
              for rank, k in enumerate(r.argsort(descending=True).tolist(), 1)]
     print(f"rank  {'arm':28}  reward      se  95 % interval      ranks     votes")
     for row in board[:30]:
@@ -537,7 +542,7 @@ def main(args: Args) -> dict:
     top, policies = optimum(r, log_ref, args.beta), train_all(r, log_ref, *pairs[:2], args)
     value = partial(objective, r=r, log_ref=log_ref, beta=args.beta)
     print(f"\npolicies on these rewards, beta {args.beta:g}; the optimum has J = {value(top):.4f}\n{'':26}"
-          "E[r]  KL(pi_ref)      J* - J  beta KL(pi*)   predicted  max |dlog pi| to prediction")
+          "E[r]  KL(pi_ref)      J* - J beta KL(.|pi*)  predicted  max |dlog pi| to prediction")
     for name, (logp, goal) in {"pi_ref": (log_ref, log_ref), **policies, "pi*": (top, top)}.items():
         row = {"expected_reward": (logp.exp() @ r).item(), "kl": kl(logp, log_ref),
                "regret": (value(top) - value(logp)).item(),  # the same as the next, by another way

@@ -227,7 +227,7 @@ def kl_estimate(logprobs, ref_logprobs, kind: str):
     joschu.net/blog/kl-approx).
 
     With d = log pi - log ref:      value, mean over y ~ pi     mean gradient, as a term of the loss
-      k1 = d                        KL(pi || ref), any sign     0, only noise: it belongs into the reward
+      k1 = d                        KL(pi || ref), any sign     0, only noise: it belongs in the reward
       k2 = d^2 / 2                  biased, >= 0                that of KL(pi || ref)
       k3 = exp(-d) - 1 + d          KL(pi || ref), >= 0         that of KL(ref || pi), the other direction
     In the reward, where the estimate multiplies grad log pi, k1 gives the gradient of KL(pi || ref); k2 and
@@ -319,7 +319,8 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[i
             if not (left := int(alive.sum())):
                 break
             ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
-            if left < 0.75 * len(s) and all(hasattr(x, "batch_select_indices") for x in cache.layers):
+            layers = getattr(cache, "layers", [None])
+            if left < 0.75 * len(s) and all(hasattr(layer, "batch_select_indices") for layer in layers):
                 cache.batch_select_indices(alive)  # finished rows leave
                 s, ids, mask, alive = s[alive], ids[alive], mask[alive], alive[alive]
     model.train(training)

@@ -1,6 +1,6 @@
 """Group-relative policy optimization: PPO whose critic is the mean of a group. Step 3 of RLHF.
 
-    maximize E[ 1/G sum_i min(rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i) - beta KL_i ]              (1)
+    maximize E[ 1/G sum_i (min(rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i) - beta KL_i) ]            (1)
     KL_i = pi_ref(y_i) / pi(y_i) - log(pi_ref(y_i) / pi(y_i)) - 1                                      (2)
     A_i  = (r_i - mean(r_1 .. r_G)) / std(r_1 .. r_G),     rho_i = pi(y_i) / pi_old(y_i)               (3)
 
@@ -14,7 +14,7 @@ What is done differently from these equations, and why:
 2. Its optimum is not pi* = pi_ref exp(r / beta) / Z. On samples of pi, (2) has the gradient of
    KL(pi_ref || pi), which ends at beta pi_ref / (lambda - r); and no token answers for the KL of later ones.
    --kl-in reward makes r - beta log(pi / pi_ref) the reward, and pi* the optimum.
-3. The std has n - 1 in it and 1e-4 behind it; the advantages of a group of equal rewards are exactly 0.
+3. The std divides by n - 1, and 1e-4 is added to it; a group of equal rewards has advantages of exactly 0.
 4. A response without EOS stays in the loss; --missing-eos-penalty is subtracted from its reward.
 
 REINFORCE with a leave-one-out baseline (RLOO, arXiv:2402.14740) is the case
@@ -66,7 +66,7 @@ class Args:
     batch_size: int = 128  # responses an optimizer step
     num_minibatches: int = 1  # optimizer steps a pass over an update's batch_size * num_minibatches responses
     update_epochs: int = 1  # passes over them (1 to 4)
-    micro_batch_size: int = 64  # responses a forward pass: less memory if lower, and the same gradient
+    micro_batch_size: int = 64  # responses scored or trained at once: less memory if lower, the same gradient
     max_prompt_length: int = 512  # tokens; longer prompts are dropped and counted
     max_new_tokens: int = 40  # longest response, in tokens
     temperature: float = 1.0  # of sampling, and of all log-probs
@@ -78,8 +78,8 @@ class Args:
     kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"  # auto: k3 in the loss, k1 in the reward
     baseline: Literal["mean", "leave_one_out"] = "mean"  # mean reward of the group, or of its other responses
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose std of rewards divides the advantage
-    drop_zero_std: bool = False  # leave groups of equal rewards out of the loss and of its denominators
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # token weight 1/(B |y|), 1/sum |y|, 1/(B maximum)
+    drop_zero_std: bool = False  # leave groups of equal rewards out of the loss, KL and denominators too
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # what a token weighs, see token_weights
     importance_sampling_level: Literal["token", "sequence"] = "token"  # of the ratio, and of a KL in the loss
     clip_coef: float = 0.2  # how far the ratio of policies may fall, epsilon (0.1 to 0.3)
     clip_coef_high: float = 0.2  # how far it may rise (0.28 in DAPO)
@@ -95,8 +95,9 @@ class Args:
 
 
 def zero_std(rewards):
-    """Which groups, rows of rewards (P, G), hold one value but for rounding, and so teach nothing: (P,)."""
-    return rewards.amax(1) - rewards.amin(1) <= 100 * torch.finfo(rewards.dtype).eps  # 1e-5 in fp32
+    """Which groups, rows of (P, G), are equal but for rounding (1e-5 in fp32) and so teach nothing: (P,)."""
+    largest = rewards.abs().amax(1).clamp(min=1)
+    return rewards.amax(1) - rewards.amin(1) <= 100 * torch.finfo(rewards.dtype).eps * largest
 
 
 def group_advantages(rewards, baseline="mean", scale_rewards="group"):
@@ -105,7 +106,7 @@ def group_advantages(rewards, baseline="mean", scale_rewards="group"):
     Args:
         rewards: (P, G), a row for each prompt's group.
         baseline: "mean", or "leave_one_out", the mean of the other G - 1: G / (G - 1) times the advantage
-            (RLOO, arXiv:2402.14740). Undivided, that makes the gradient of E[r] without bias.
+            (RLOO, arXiv:2402.14740). Not divided by a std, it makes the gradient of E[r] without bias.
         scale_rewards: "group" divides by the group's std, "batch" by that of all P G rewards, "none" by
             nothing (Dr. GRPO, arXiv:2503.20783). n - 1 in the std, 1e-4 added to it.
     Returns: (P, G), in standard deviations, or in units of the reward; exactly 0 in a group of equal rewards.
@@ -361,8 +362,9 @@ def evaluate(policy, reference, reward_funcs, tokenizer, held_out, eos_ids, args
     n = max(args.eval_samples // len(held_out), 1)
     rows = [row for row in held_out[: args.eval_samples] for _ in range(n)]
     batch, metrics = rollout(policy, reference, reward_funcs, rows, eos_ids, args, autocast, args.seed)
-    scores = batch["scores"][0].nan_to_num(0.0).view(-1, n)  # (held-out prompts, n)
-    if ((scores == 0) | (scores == 1)).all():
+    scores = batch["scores"][0].view(-1, n)  # (held-out prompts, n)
+    scores = scores[~scores.isnan().all(1)].nan_to_num(0.0)  # those that the first reward has a say in
+    if len(scores) and ((scores == 0) | (scores == 1)).all():
         shares = {f"pass_at_{n}": (scores == 1).any(1), "pass_at_1": scores == 1}
         metrics |= {name: x.float().mean().item() for name, x in shares.items()}
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
@@ -376,7 +378,7 @@ def diagnoses(metrics):
     zero, cut = metrics["frac_reward_zero_std"], 1 - metrics["completions/eos_rate"]
     clipped, gap = metrics["policy/clipfrac"], metrics["policy/logprob_gap"]
     lines = [
-        (zero > 0.5, f"{zero:.0%} of groups had zero variance and taught nothing: solved or hopeless; "
+        (zero > 0.5, f"{zero:.0%} of groups had zero variance and taught nothing: solved or hopeless: "
                      "take others, a finer reward or more --num-generations"),
         (cut > 0.5, f"{cut:.0%} of responses were cut: raise --max-new-tokens or --missing-eos-penalty"),
         (clipped > 0.3, f"the clip decides for {clipped:.0%} of tokens: lower --learning-rate"),

@@ -62,7 +62,7 @@ class Args:
     batch_size: int = 64  # responses an optimizer step
     num_minibatches: int = 2  # optimizer steps a pass over an update's batch_size * num_minibatches responses
     update_epochs: int = 2  # passes over them (1 to 4)
-    micro_batch_size: int = 64  # responses a forward pass: less memory if lower, and the same gradient
+    micro_batch_size: int = 64  # responses scored or trained at once: less memory if lower, the same gradient
     max_prompt_length: int = 512  # tokens; longer prompts are dropped and counted
     max_new_tokens: int = 40  # longest response, in tokens
     temperature: float = 1.0  # of sampling, and of all log-probs

@@ -2,9 +2,9 @@
 fn(prompts, completions, answer, **columns) -> list of floats, 1 for right and 0 for wrong. `answer` is a
 data column: "18", or a whole solution that ends with "#### 18". Plain Python, no dependency.
 
-Say which of the two a figure comes from: one published model has 1.7 % by the strict and 38.3 % by the
-lenient rule before training, 48.7 % and 55.0 % after it, because the format is what is learned first. The
-prompt has to ask for "####". Both as one reward, with the strict one as what grpo.py's pass_at_1 counts:
+Say which of the two a figure comes from. A published run of Qwen2.5-1.5B-Instruct (github.com/abhishuoza) has
+1.7 % by its strict and 38.3 % by its lenient rule before training, 48.7 % and 55.0 % after it: the format is
+learned first. The prompt has to ask for "####". Both as one reward, whose pass_at_1 is by the strict one:
     --reward data/gsm8k_reward.py:strict data/gsm8k_reward.py:lenient --reward-weights 1 0.1
 
 Completions are a policy's, which will write whatever pays. So nothing in them is evaluated, only the last
@@ -14,7 +14,7 @@ number counts (a list of guesses is one guess), and any string takes time in pro
 import re
 from decimal import Decimal, InvalidOperation
 
-# A minus is a sign unless something it could be subtracted from precedes it: "is -3", but "10-3" ends with 3.
+# A minus is a sign unless a word, number or bracket stands right before it: "is -3", but "10-3" ends with 3.
 # Nothing has to match behind a repetition, so the search never goes back further than the number it is in.
 NUMBER = re.compile(
     r"\$?(?:(?<![\w)-])[-+\u2212])?\$?"  # -3, +3, $5, -$5, $-5
@@ -37,7 +37,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def final_answer(text: str) -> Decimal | None:
-    """The number behind the last "####", if nothing but it, "%" and a full stop is left of the text."""
+    """The number behind the last "####", if nothing but it and, right behind it, "%" or "." follows there."""
     _, marker, rest = text.rpartition("####")
     rest = rest.strip().removesuffix(".").removesuffix("%")
     return value(rest if marker and NUMBER.fullmatch(rest) else None)

@@ -199,7 +199,7 @@ MUTANTS = [
     ("loss a token (GRPO)", "grpo.py", '(len(norms) if name == "loss" else trained, 1)', "(trained, 1)", "test_grpo"),
     ("metrics of the last micro-batch (GRPO)", "grpo.py", "sums[name] += torch", "sums[name] = torch", "test_grpo"),
     ("pass@n if all pass (GRPO)", "grpo.py", "(scores == 1).any(1)", "(scores == 1).all(1)", "test_grpo"),
-    ("pass@1 of the penalized sum (GRPO)", "grpo.py", 'batch["scores"][0].nan_to_num(0.0)', 'batch["rewards"].nan_to_num(0.0)', "test_grpo"),
+    ("pass@1 of the penalized sum (GRPO)", "grpo.py", 'scores = batch["scores"][0].view(-1, n)', 'scores = batch["rewards"].view(-1, n)', "test_grpo"),
     ("evaluation's samples of a prompt apart (GRPO)", "grpo.py", "for row in held_out[: args.eval_samples] for _ in range(n)]", "for _ in range(n) for row in held_out[: args.eval_samples]]", "test_grpo"),
     ("the second label without its strength (bandit)", "bandit_bt.py", "(1 - mu) * F.logsigmoid(-margin)", "(mu < 1) * F.logsigmoid(-margin)", "test_bandit"),
     ("a mean over rows, not votes (bandit)", "bandit_bt.py", "F.logsigmoid(-margin))).sum() / count.sum()", "F.logsigmoid(-margin))).sum() / len(mu)", "test_bandit"),
@@ -231,7 +231,7 @@ MUTANTS = [
     ("pi_old never renewed (bandit)", "bandit_bt.py", "if step % epochs == 0:", "if step == 0:", "test_bandit"),
     ("one voter, no ties (bandit)", "bandit_bt.py", "torch.rand(N, 2, generator=generator)", "torch.rand(N, 1, generator=generator)", "test_bandit"),
     ("mu may be true (bandit)", "bandit_bt.py", "type(mu) not in (int, float) or", "not isinstance(mu, (int, float)) or", "test_bandit"),
-    ("names that are numbers (bandit)", "bandit_bt.py", "known = {str(sides[0]): 1, str(sides[1]): 0,", "known = {sides[0]: 1, sides[1]: 0,", "test_bandit"),
+    ("names that are numbers (bandit)", "bandit_bt.py", "named = {str(sides[0]): 1, str(sides[1]): 0}", "named = {sides[0]: 1, sides[1]: 0}", "test_bandit"),
     ("a finished run overwritten (bandit)", "bandit_bt.py", "if (run / \"leaderboard.json\").exists():", "if False:", "test_bandit"),
     ("no check for an optimum (bandit)", "bandit_bt.py", "if args.l2 == 0 and (reason", "if args.l2 < 0 and (reason", "test_bandit"),
 ]

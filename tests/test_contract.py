@@ -1950,7 +1950,7 @@ def test_micro_batches_change_no_loss(go, starts, ragged, flags):
 # ---- 7. The house ----
 
 BUDGETS = {"bandit_bt": 570, "sft": 300, "reward_model": 405, "dpo": 360, "grpo": 550, "ppo": 565,
-           "common": 575}
+           "common": 580}
 SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 HOUSE = [stem for stem in SOURCES if stem != "common"]
 BY_DESIGN = {"main", "evaluate", "rollout", "collate", "forward", "Args"}  # the same name in every script, and not the same code

@@ -1261,13 +1261,14 @@ RIGHT = [1.0, 0.0, 0.0, math.nan, 1.0, 1.0]
 @pytest.mark.parametrize("prompts, samples, n, first, want", [
     (3, 7, 2, RIGHT, {"eval/pass_at_1": 3 / 6, "eval/pass_at_2": 2 / 3}),
     (2, 6, 3, RIGHT, {"eval/pass_at_1": 3 / 6, "eval/pass_at_3": 1.0}),
-    (6, 6, 1, RIGHT, {"eval/pass_at_1": 3 / 6}),
-    (9, 6, 1, RIGHT, {"eval/pass_at_1": 3 / 6}),  # more prompts than samples: the first ones
+    (6, 6, 1, RIGHT, {"eval/pass_at_1": 3 / 5}),  # the row without any score is none of its business
+    (9, 6, 1, RIGHT, {"eval/pass_at_1": 3 / 5}),  # more prompts than samples: the first ones
+    (6, 6, 1, [math.nan] * 6, {}),
     (3, 6, 2, [1.0, 0.0, 0.5, 0.0, 1.0, 1.0], {}),  # neither right nor wrong: nothing to pass
     (3, 6, 2, [1.0, 0.0, 2.0, 0.0, 1.0, 1.0], {}),
 ])  # fmt: skip
 def test_pass_rates_by_hand(monkeypatch, prompts, samples, n, first, want):
-    """Only the first reward counts; a None, NaN here, has not passed; penalties have no part in it."""
+    """Only the first reward counts; a None, NaN here, among scores has not passed; penalties have no part in it."""
     scores = torch.tensor([first, [9.0] * 6])
     seen = {}
 
