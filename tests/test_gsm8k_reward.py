@@ -6,13 +6,18 @@ import ast
 import fractions
 import inspect
 import json
+import math
 import random
 import re
+import shutil
 import sys
 import time
 
 import gsm8k_reward as gsm8k
 import pytest
+import transformers
+
+import grpo
 
 # text, answer, strict, lenient
 TABLE = [
@@ -246,3 +251,27 @@ def test_the_real_solutions_are_right(shared, split):
     unmarked = [solution.replace("#### ", "It is ") for solution in solutions]
     assert set(gsm8k.strict(prompts, unmarked, short)) == {0.0}
     assert set(gsm8k.lenient(prompts, unmarked, short)) == {1.0}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_grpo_runs_on_it(shared, tmp_path, chat):
+    """Two updates of a random small Qwen2 with its real tokenizer, by both rules, on texts and on messages."""
+    folder = shutil.copytree(shared / "models" / "qwen2.5-tokenizer", tmp_path / "model")
+    transformers.Qwen2Config(
+        vocab_size=151_936, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True).save_pretrained(folder)  # fmt: skip
+    rows = [json.loads(line) for line in open(shared / "data" / "gsm8k.train.jsonl", encoding="utf-8")][:6]
+    for row in rows:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"]
+    files = [tmp_path / name for name in ("rows.jsonl", "rows_test.jsonl")]
+    for file, part in zip(files, (rows[:4], rows[4:])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+    reward = tuple(f"{gsm8k.__file__}:{rule}" for rule in ("strict", "lenient"))
+    metrics = grpo.main(grpo.Args(
+        model=str(folder), dataset=str(files[0]), reward=reward, reward_weights=(1.0, 0.1), num_generations=2,
+        batch_size=4, total_episodes=8, max_new_tokens=4, eval_samples=4, output_dir=str(tmp_path / "run"), device="cpu"))
+    assert metrics["eval/reward"] == pytest.approx(sum(w * metrics[f"eval/rewards/{x}"] for w, x in zip((1, 0.1), reward)))
+    assert 0 <= metrics["eval/pass_at_1"] <= metrics["eval/pass_at_2"] <= 1 and metrics["policy/logprob_gap"] < 1e-3
+    assert metrics["num_tokens"] <= 32 and math.isfinite(metrics["loss"] + metrics["grad_norm"])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert loaded.config.model_type == "qwen2" and len(loaded.get_input_embeddings().weight) == 151_936
