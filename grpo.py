@@ -396,6 +396,8 @@ def main(args: Args) -> dict:
              "--batch-size times --num-minibatches")
     if G < 2 or episodes % G:
         fail(f"--num-generations {G}: at least 2, and a divisor of an update's {episodes} responses")
+    if [word.partition("=")[0] for word in sys.argv].count("--reward") > 1:  # the last would win
+        fail("--reward is given twice: several rewards go behind one --reward")
     if not args.reward or len(args.reward_weights) not in (0, len(args.reward)):
         fail(f"--reward, --reward-weights: rewards {len(args.reward)}, weights {len(args.reward_weights)}")
     if not all(abs(weight) < 1e6 for weight in args.reward_weights):

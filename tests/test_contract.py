@@ -1826,6 +1826,14 @@ def test_diagnoses_name_what_to_change():
     assert len(grpo.diagnoses(fine | {key: value for key, value, *_ in signs})) == 4
 
 
+@pytest.mark.parametrize("name", ["grpo"])
+@pytest.mark.parametrize("second", [["--reward", "b.py:f"], ["--reward=b.py:f"]])
+def test_a_repeated_reward_is_refused(refused, monkeypatch, second):
+    """A parser keeps the last of two flags: the first reward would be lost without a word."""
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--reward", "a.py:f", *second, "--reward-weights", "1", "2"])
+    assert "--reward" in refused()
+
+
 EVEN = """
 import json, pathlib
 
