@@ -125,13 +125,13 @@ def solver(i, j, weight, K, l2):
     diagonal = diagonal + ridge
 
     def conjugate_gradients(b):
-        x, residual, rho, direction = torch.zeros_like(b), b - b.mean(), None, None
+        x, direction, residual, rho = torch.zeros_like(b), torch.zeros_like(b), b - b.mean(), math.inf
         for _ in range(10 * K):
             z = residual / diagonal
             rho, before = residual @ z, rho
             if rho <= 1e-20 * (b @ (b / diagonal)):
                 break
-            direction = z if before is None else z + rho / before * direction
+            direction = z + rho / before * direction  # z at first
             H_direction = to_arms(i, j, weight * (direction[i] - direction[j]), K) + ridge * direction
             step = rho / (direction @ H_direction)
             x, residual = x + step * direction, residual - step * H_direction
@@ -274,19 +274,21 @@ def order_recovered(r, labels, spread, generator, raters=20):
 
 
 def optimum(r, log_ref, beta):
-    """log pi*, pi* = pi_ref exp(r / beta) / Z: Eq. 4 of arXiv:2305.18290, (K,)."""
-    return torch.log_softmax(log_ref + r / beta, 0)
+    """log pi*, pi* = pi_ref exp(r / beta) / Z: Eq. 4 of arXiv:2305.18290, (..., K)."""
+    return torch.log_softmax(log_ref + r / beta, -1)
 
 
 def forward_kl_optimum(r, log_ref, beta):
-    """log pi, pi = beta pi_ref / (lambda - r), where E[r] - beta KL(pi_ref || pi) is maximal: (K,). Here GRPO
-    as published stands still, since k3 in the loss has that KL's gradient. lambda by bisection.
+    """log pi, pi = beta pi_ref / (lambda - r), where E[r] - beta KL(pi_ref || pi) is maximal: (..., K). Here
+    GRPO as published stands still, since k3 in the loss has that KL's gradient. lambda by bisection.
     """
-    low, high = (r + beta * log_ref.exp()).max(), r.max() + beta
+    mass = beta * log_ref.exp()
+    low, high = (r + mass).amax(-1, keepdim=True), r.amax(-1, keepdim=True) + beta
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if (beta * log_ref.exp() / (middle - r)).sum() > 1 else (low, middle)
-    return torch.log_softmax(log_ref - (high - r).log(), 0)
+        above = (mass / (middle - r)).sum(-1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return torch.log_softmax(log_ref - (high - r).log(), -1)
 
 
 def kl(logp, logq):
@@ -467,12 +469,10 @@ def draw_picture(file, board, r, log_ref, policies, beta):
     plt.rcParams["text.parse_math"] = False  # a name may hold a $
     size = (11, max(4.5, 1.5 + 0.16 * len(board)))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
-    rewards = [row["reward"] for row in board]
-    bars = [[max(row["reward"] - row["low"], 0) for row in board],  # the reward may lie outside its interval
-            [max(row["high"] - row["reward"], 0) for row in board]]
-    left.errorbar(rewards, [row["arm"] for row in board], xerr=bars, fmt="o", markersize=3)
-    left.set(xlabel="reward, 95 % intervals of the bootstrap", title="leaderboard")
-    left.invert_yaxis()
+    reward, low, high = (torch.tensor([row[key] for row in board]) for key in ("reward", "low", "high"))
+    bars = torch.stack([reward - low, high - reward]).clamp(min=0)  # a reward may lie outside its interval
+    left.errorbar(reward.tolist(), [row["arm"] for row in board], xerr=bars.tolist(), fmt="o", markersize=3)
+    left.set(xlabel="reward, 95 % intervals of the bootstrap", title="leaderboard", ylim=(len(board), -1))
     points = [(kl(p, log_ref), float(p.exp() @ r)) for p in (
         optimum(r, log_ref, b) for b in torch.logspace(-1.5, 1.5, 100) * beta)]
     right.plot(*zip(*points), "k-", label="pi* at every beta")

@@ -421,11 +421,12 @@ def main(args: Args) -> dict:
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     reward_funcs = [load_reward(spec, tokenizer, eos_ids, args, device, autocast) for spec in args.reward]
     prompts, held_out = (load_prompts(tokenizer, part, eos_ids, args.max_prompt_length) for part in data)
-    longest = [ids + eos_ids[:1] * args.max_new_tokens for _, ids in prompts + held_out]
+    rows = [ids for _, ids in prompts + held_out]
+    longest = max(rows, key=len) + eos_ids[:1] * args.max_new_tokens
     judges = {f"--reward {spec}": model for spec, (_, model) in zip(args.reward, reward_funcs)}
     for name, model in {"--model": policy, **judges}.items():
         if model is not None:
-            check_model(model, longest, name, "--max-prompt-length, --max-new-tokens")
+            check_model(model, [longest, *rows], name, "--max-prompt-length, --max-new-tokens")
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     num_updates, update, num_tokens = args.total_episodes // episodes, 0, 0
     print(f"{len(prompts)} prompts, {len(held_out)} held out from {data[1][0]['_where'].rpartition(':')[0]}, "

@@ -417,10 +417,11 @@ def main(args: Args) -> dict:
     reward, reward_model = load_reward(args.reward, tokenizer, eos_ids, args, device, autocast)
     critic = load_critic(args, policy, reward_model, device)
     prompts, held_out = (load_prompts(tokenizer, part, eos_ids, args.max_prompt_length) for part in data)
-    longest = [ids + eos_ids[:1] * args.max_new_tokens for _, ids in prompts + held_out]
+    rows = [ids for _, ids in prompts + held_out]
+    longest = max(rows, key=len) + eos_ids[:1] * args.max_new_tokens
     for name, model in (("--model", policy), (f"--reward {args.reward}", reward_model)):
         if model is not None:
-            check_model(model, longest, name, "--max-prompt-length, --max-new-tokens")
+            check_model(model, [longest, *rows], name, "--max-prompt-length, --max-new-tokens")
     models = {"policy": policy} | ({"critic": critic} if critic else {})
     rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
     groups = [{"params": list(model.parameters())} for model in models.values()]

@@ -14,7 +14,6 @@ bootstrap is a fit to each draw of as many votes with replacement. CPU time of o
 implementations take turns.
 """
 
-import contextlib
 import json
 import os
 import platform
@@ -22,7 +21,6 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -34,6 +32,7 @@ import tyro  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bandit_bt import bootstrap, fit, pairs_of  # noqa: E402
 from common import fail  # noqa: E402
+from logprob import hardware, version  # noqa: E402
 
 
 @dataclass
@@ -177,14 +176,6 @@ def report(what, row):
     print(f"{what}: {', '.join(parts)}: {row['ratio']:.2f} times as fast", flush=True)
 
 
-def hardware() -> dict:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):  # Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return {"cpu": name, "cores": os.cpu_count()}
-
-
 def main(args: Args) -> dict:
     try:
         import choix
@@ -194,11 +185,8 @@ def main(args: Args) -> dict:
     if min(args.arms - 1, args.votes, args.repeats, args.replicates, args.peer_replicates + 1) < 1:
         fail("--arms must be at least 2; --votes, --repeats and --replicates must be positive")
     torch.set_num_threads(1)
-    versions = {}
-    for name in ("torch", "numpy", "scipy", "choix", "evalica"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    machine = hardware()
+    versions = {name: version(name) for name in ("torch", "numpy", "scipy", "choix", "evalica")}
+    machine = hardware("cpu")
     print(f"{args.arms} arms, {args.votes} votes: {machine['cpu']}, {machine['cores']} cores, one thread; "
           + ", ".join(f"{name} {number}" for name, number in versions.items()), flush=True)
     rows, table = agreement(args, choix, evalica), times(args, choix, evalica)

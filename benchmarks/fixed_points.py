@@ -37,6 +37,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bandit_bt import forward_kl_optimum, optimum  # noqa: E402
 from common import kl_estimate  # noqa: E402
 from grpo import grpo_loss, token_weights  # noqa: E402
 
@@ -105,35 +106,17 @@ def fixed_point(gradient, logits: torch.Tensor, V: int, T: int) -> tuple[torch.T
     return logits, gradient(logits).norm().item(), steps
 
 
-def lambda_policy(log_ref: torch.Tensor, values: torch.Tensor, beta: float) -> torch.Tensor:
-    """log of beta pi_ref / (lambda - values) over the last dimension, lambda by bisection: the optimum of
-    E[values] - beta KL(pi_ref || pi).
-    """
-    low = values.amax(-1, keepdim=True)  # the sum is infinite here, and at most 1 at low + beta
-    high = low + beta
-    for _ in range(200):
-        middle = (low + high) / 2
-        large = (beta * log_ref.exp() / (middle - values)).sum(-1, keepdim=True) > 1
-        low, high = torch.where(large, middle, low), torch.where(large, high, middle)
-    return log_ref + torch.log(beta / (high - values))
-
-
-def tilted_policy(log_ref: torch.Tensor, values: torch.Tensor, beta: float) -> torch.Tensor:
-    """log of pi_ref exp(values / beta) / Z over the last dimension."""
-    return torch.log_softmax(log_ref + values / beta, -1)
-
-
 def predicted(ref_logits, rewards, V, T, beta, kl_in, estimator, level) -> torch.Tensor | None:
     """log pi of every response at the fixed point that theory gives: (V ** T,). None for k1 in the loss."""
-    policy = {"k1": tilted_policy, "k2": tilted_policy, "k3": lambda_policy}[estimator]
+    policy = forward_kl_optimum if estimator == "k3" else optimum
     ref = table_logprobs(ref_logits, V, T)
     if (kl_in, estimator) == ("loss", "k1"):
         return None
     if kl_in == "reward" or level == "sequence":
-        return policy(ref.sum(1), rewards, beta)
+        return policy(rewards, ref.sum(1), beta)
     tables, values, result = ref_logits.split([V ** (t + 1) for t in range(T)]), rewards, 0.0
     for t in reversed(range(T)):  # values: Q(s, a), first behind the last token
-        logp = policy(torch.log_softmax(tables[t].view(-1, V), -1), values.view(-1, V), beta)  # (V ** t, V)
+        logp = policy(values.view(-1, V), torch.log_softmax(tables[t].view(-1, V), -1), beta)  # (V ** t, V)
         values = (logp.exp() * values.view(-1, V)).sum(-1)  # (V ** t,)
         result = result + logp.flatten().repeat_interleave(V ** (T - 1 - t))
     return result
@@ -143,7 +126,7 @@ def measure(V: int, T: int, seed: int, beta: float, row: tuple[str, str, str]) -
     """The fixed point of one row of the table, beside pi* and the prediction."""
     rewards, ref_logits = random_problem(V, T, seed)
     ref = table_logprobs(ref_logits, V, T).sum(1)
-    best = tilted_policy(ref, rewards, beta)
+    best = optimum(rewards, ref, beta)
     J = lambda logp: (logp.exp() * (rewards - beta * (logp - ref))).sum().item()
     prediction = predicted(ref_logits, rewards, V, T, beta, *row)
     field = torch.func.grad(expected_loss)

@@ -5,8 +5,9 @@ import math
 import grpo
 import pytest
 import torch
+from bandit_bt import forward_kl_optimum
 from common import kl_estimate
-from fixed_points import PROBLEMS, expected_loss, lambda_policy, measure, random_problem, table_logprobs
+from fixed_points import PROBLEMS, expected_loss, measure, random_problem, table_logprobs
 
 ONE, THREE = PROBLEMS.values()
 BETA = 0.5
@@ -67,7 +68,7 @@ def test_gradient_descent_ends_there_too():
         expected_loss(logits, logits.detach(), ref, rewards, *ONE, BETA, "loss", "k3", "token").backward()
         optimizer.step()
         schedule.step()
-    logp, want = logits.detach().log_softmax(-1), lambda_policy(ref.log_softmax(-1), rewards, BETA)
+    logp, want = logits.detach().log_softmax(-1), forward_kl_optimum(rewards, ref.log_softmax(-1), BETA)
     assert want.exp().sum().item() == pytest.approx(1, abs=1e-10)
     assert (logp - want).abs().max() < 1e-4
 
