@@ -3,6 +3,7 @@ since at the default 0.02 distributions are near uniform and errors shrink seven
 since rotary positions hide position bugs that learned positions show.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -116,3 +117,94 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+# ---- What the tests of ppo.py and grpo.py share ----
+
+MASK = torch.arange(16) < torch.tensor(LENGTHS)[:, None]  # (4, 16)
+POISON = [1e4, math.inf, -math.inf, math.nan]
+STOPS = list(range(2, VOCABULARY, 6))  # so many EOS ids that random models end their responses early
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def poisoned(x, poison, mask=MASK):
+    return torch.where(mask, x, poison)
+
+
+def pure(function, *inputs, **options):
+    """function(*inputs), which has to leave its inputs as they are."""
+    copies = [x.detach().clone() if torch.is_tensor(x) else x for x in inputs]
+    result = function(*inputs, **options)
+    for x, copy in zip(inputs, copies):
+        assert not torch.is_tensor(x) or torch.equal(x.nan_to_num(7.0), copy.nan_to_num(7.0))
+    return result
+
+
+def word_tokenizer():
+    """w4 .. w96, one token each, separated by spaces; no BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *[f"w{i}" for i in range(4, VOCABULARY)]]
+    words = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False)  # fmt: skip
+
+
+def sides(rows):
+    """(prompts, responses) of rows (ids, trained)."""
+    cuts = [trained.index(True) for _, trained in rows]
+    return [ids[:n] for (ids, _), n in zip(rows, cuts)], [ids[n:] for (ids, _), n in zip(rows, cuts)]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def float64():
+    """Whatever has the default type, as means of masks do, is in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def watching(monkeypatch, script):
+    """watch(name) -> list of (inputs as they were, result), one for each call of that function of the script."""
+
+    def start(name):
+        calls, function = [], getattr(script, name)
+
+        def wrapper(*inputs, **options):
+            before = tuple(x.clone() if torch.is_tensor(x) else x for x in inputs)
+            result = function(*inputs, **options)
+            calls.append((before, result))
+            return result
+
+        monkeypatch.setattr(script, name, wrapper)
+        return calls
+
+    return start
+
+
+def double_loads(monkeypatch, script, *names):
+    """The models that these functions of the script load are in float64: sums in another order agree to 1e-9."""
+
+    def doubled(load):
+        def loader(*inputs):
+            result = load(*inputs)
+            for part in result if isinstance(result, tuple) else [result]:
+                if isinstance(part, torch.nn.Module):
+                    part.double()
+            return result
+
+        return loader
+
+    for name in names:
+        monkeypatch.setattr(script, name, doubled(getattr(script, name)))

@@ -15,36 +15,19 @@ import pytest
 import torch
 import transformers
 from common import kl_estimate
-from conftest import LENGTHS, VOCABULARY, make_model, ragged_rows
+from conftest import (
+    LENGTHS, MASK, POISON, STOPS, VOCABULARY, double_loads, make_model, noise, poisoned, pure,
+    ragged_rows, sides, watching, word_tokenizer)
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import grpo
 
 CPU = torch.device("cpu")
-MASK = torch.arange(16) < torch.tensor(LENGTHS)[:, None]  # (4, 16)
-POISON = [1e4, math.inf, -math.inf, math.nan]
 BASELINES, SCALES = ("mean", "leave_one_out"), ("group", "batch", "none")
 ESTIMATORS, LEVELS, LOSS_TYPES = ("k1", "k2", "k3"), ("token", "sequence"), ("grpo", "dapo", "dr_grpo")
 RLOO = {"kl_in": "reward", "baseline": "leave_one_out", "scale_rewards": "none",
         "importance_sampling_level": "sequence"}  # fmt: skip
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def poisoned(x, poison, mask=MASK):
-    return torch.where(mask, x, poison)
-
-
-def pure(function, *inputs, **options):
-    """function(*inputs), which has to leave its inputs as they are."""
-    copies = [x.detach().clone() if torch.is_tensor(x) else x for x in inputs]
-    result = function(*inputs, **options)
-    for x, copy in zip(inputs, copies):
-        assert not torch.is_tensor(x) or torch.equal(x.nan_to_num(7.0), copy.nan_to_num(7.0))
-    return result
 
 
 def tensor(*values):
@@ -410,14 +393,6 @@ def misfit(got, want):
 
 
 @pytest.fixture
-def float64():
-    """Token weights, made from a mask, have the default type."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
 def exact(float64):
     """(world, policy, log-probs, gradients of E[r], KL(pi || ref) and KL(ref || pi))"""
     world = World()
@@ -525,7 +500,6 @@ def test_controls_reach_other_ends(float64):
 
 # ---- Models and folders ----
 
-STOPS = list(range(2, VOCABULARY, 6))  # so many EOS ids that random models end their responses early
 MEAN = 0.37  # reward_mean of the reward models
 REWARD = """
 import random
@@ -558,19 +532,6 @@ def reward_of(name, ids, number):
     return number if name == "uneven" and number % 2 else sum(i for i in ids if i > 3) % 17 / 8
 
 
-def word_tokenizer():
-    """w4 .. w96, one token each, separated by spaces; no BOS."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *[f"w{i}" for i in range(4, VOCABULARY)]]
-    words = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """llama and gpt2: a policy each, and a reward model with another body; 12 prompts of 2 to 6 tokens; rewards."""
@@ -589,11 +550,6 @@ def folders(tmp_path_factory):
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(REWARD)
     return folder
-
-
-@pytest.fixture(params=["llama", "gpt2"])
-def kind(request):
-    return request.param
 
 
 only = lambda kind: pytest.mark.parametrize("kind", [kind], indirect=True)
@@ -619,39 +575,12 @@ def tiny(folders, kind, tmp_path):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(name) -> list of (inputs as they were, result), one for each call of that function of grpo."""
-
-    def start(name):
-        calls, function = [], getattr(grpo, name)
-
-        def wrapper(*inputs, **options):
-            before = tuple(x.clone() if torch.is_tensor(x) else x for x in inputs)
-            result = function(*inputs, **options)
-            calls.append((before, result))
-            return result
-
-        monkeypatch.setattr(grpo, name, wrapper)
-        return calls
-
-    return start
+    return watching(monkeypatch, grpo)
 
 
 @pytest.fixture
 def double(monkeypatch, float64):
-    """Everything in float64, so that sums in another order agree to 1e-9."""
-
-    def doubled(load):
-        def loader(*inputs):
-            result = load(*inputs)
-            for part in result:
-                if isinstance(part, torch.nn.Module):
-                    part.double()
-            return result
-
-        return loader
-
-    for name in ("load_model", "load_reward"):
-        monkeypatch.setattr(grpo, name, doubled(getattr(grpo, name)))
+    double_loads(monkeypatch, grpo, "load_model", "load_reward")
 
 
 @contextlib.contextmanager
@@ -673,12 +602,6 @@ def optimizer_steps():
 
 def vector(tensors):
     return torch.cat([x.flatten() for x in tensors])
-
-
-def sides(rows):
-    """(prompts, responses) of rows (ids, trained)."""
-    cuts = [trained.index(True) for _, trained in rows]
-    return [ids[:n] for (ids, _), n in zip(rows, cuts)], [ids[n:] for (ids, _), n in zip(rows, cuts)]
 
 
 def row_logprobs(model, prompt, response, temperature=1.0):

@@ -12,32 +12,15 @@ import pytest
 import torch
 import transformers
 from common import encode
-from conftest import CHAT_TEMPLATE, LENGTHS, VOCABULARY, make_model, ragged_rows
+from conftest import (
+    CHAT_TEMPLATE, LENGTHS, MASK, POISON, STOPS, VOCABULARY, double_loads, make_model, noise, poisoned,
+    pure, ragged_rows, sides, watching, word_tokenizer)
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ppo
 
 CPU = torch.device("cpu")
-MASK = torch.arange(16) < torch.tensor(LENGTHS)[:, None]  # (4, 16)
-POISON = [1e4, math.inf, -math.inf, math.nan]
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def poisoned(x, poison, mask=MASK):
-    return torch.where(mask, x, poison)
-
-
-def pure(function, *inputs):
-    """function(*inputs), which has to leave its inputs as they are."""
-    copies = [x.detach().clone() if torch.is_tensor(x) else x for x in inputs]
-    result = function(*inputs)
-    for x, copy in zip(inputs, copies):
-        assert not torch.is_tensor(x) or torch.equal(x.nan_to_num(7.0), copy.nan_to_num(7.0))
-    return result
 
 
 def tensor(*values):
@@ -278,21 +261,7 @@ def test_a_clip_that_is_never_reached_never_decides(eps):
 
 # ---- Models and folders ----
 
-STOPS = list(range(2, VOCABULARY, 6))  # so many EOS ids that random models end their responses early
 MEAN = 0.37  # reward_mean of the reward models
-
-
-def word_tokenizer():
-    """w4 .. w96, one token each, separated by spaces; no BOS."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *[f"w{i}" for i in range(4, VOCABULARY)]]
-    words = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -313,11 +282,6 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["llama", "gpt2"])
-def kind(request):
-    return request.param
-
-
 @pytest.fixture
 def tiny(folders, kind, tmp_path):
     """tiny(**flags) -> Args of a run of one update: 8 responses, two minibatches of four, two epochs."""
@@ -336,48 +300,12 @@ def tiny(folders, kind, tmp_path):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(name) -> list of (inputs as they were, result), one for each call of that function of ppo."""
-
-    def start(name):
-        calls, function = [], getattr(ppo, name)
-
-        def wrapper(*inputs, **options):
-            before = tuple(x.clone() if torch.is_tensor(x) else x for x in inputs)
-            result = function(*inputs, **options)
-            calls.append((before, result))
-            return result
-
-        monkeypatch.setattr(ppo, name, wrapper)
-        return calls
-
-    return start
+    return watching(monkeypatch, ppo)
 
 
 @pytest.fixture
-def double(monkeypatch):
-    """Everything in float64, so that sums in another order agree to 1e-9."""
-
-    def doubled(load):
-        def loader(*inputs):
-            result = load(*inputs)
-            for part in result if isinstance(result, tuple) else [result]:
-                if isinstance(part, torch.nn.Module):
-                    part.double()
-            return result
-
-        return loader
-
-    for name in ("load_model", "load_critic", "load_reward"):
-        monkeypatch.setattr(ppo, name, doubled(getattr(ppo, name)))
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def sides(rows):
-    """(prompts, responses) of rows (ids, trained)."""
-    cuts = [trained.index(True) for _, trained in rows]
-    return [ids[:n] for (ids, _), n in zip(rows, cuts)], [ids[n:] for (ids, _), n in zip(rows, cuts)]
+def double(monkeypatch, float64):
+    double_loads(monkeypatch, ppo, "load_model", "load_critic", "load_reward")
 
 
 def make_batch(prompts, responses):
