@@ -1,51 +1,56 @@
-"""What the scripts share and what carries no algorithm: token log-probs straight from hidden states, KL
-estimators, masked statistics, sampling, rows of text to tokens, and the files of a run.
+"""What the scripts share and what carries no algorithm, in two parts; part I can be copied alone.
 
+I.  Compute: token log-probs straight from hidden states, KL estimators, masked statistics, batches, sampling.
+II. Files: rows of text to tokens, models and rewards from folders, the folder of a run.
 Shapes: B sequences, T tokens of prompt and completion, R of a response, N scored tokens of a batch, H hidden
 size, V vocabulary. Log-probs, entropies and KL are in nats and in fp32 whatever the weights are.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
+import traceback
+import warnings
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig)
 
+warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable")  # transformers 5.17 has no other name
 KEEP_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # token_logprobs keeps up to so much for the backward pass
 
 
-def fail(message: str) -> NoReturn:
-    """Bad input ends a script with one line on stderr and exit code 2, without a traceback."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
+# ==== I. Compute ======================================================================================
 # ---- Token log-probs ----
-
-
-def head_of(model) -> dict:
-    """The output head of a transformers model as keyword arguments of `token_logprobs`."""
+def head_of(model):
+    """The output head of a causal language model as keyword arguments of `token_logprobs`."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if head is None:
-        fail(f"{type(model).__name__} has no output embeddings: it is not a causal language model")
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return {"weight": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
+    multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return {"weight": head.weight, "bias": getattr(head, "bias", None), "scale": multiplier / divisor,
+            "softcap": getattr(config, "final_logit_softcapping", None)}  # Gemma
 
-
-def _autocast(*operands):
-    """The operands in the dtype in which the model's own head would multiply them."""
-    device = operands[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return [x.to(dtype or x.dtype) for x in operands]
-
+def _autocast(hidden, weight):
+    """Both in the dtype in which the model's own head would multiply them."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
 
 def _logits(hidden, weight, bias, scale, softcap, temperature):
     """z = softcap tanh(scale (h W^T + b) / softcap) / temperature: (rows, V), fp32 from any dtype."""
@@ -62,24 +67,21 @@ def _logits(hidden, weight, bias, scale, softcap, temperature):
         z = z.div_(softcap).tanh_().mul_(softcap)
     return z if temperature == 1.0 else z.div_(temperature)
 
-
 class _TokenLogprobs(torch.autograd.Function):
-    """Logits live one chunk of rows at a time. The backward pass turns a chunk's log-probs, kept or
-    recomputed, in place into dz = g (1[y] - p) - g_H p (log p + entropy), then into the gradients of h, W and
-    b.
-    """
-
+    """Logits live one chunk of rows at a time, and backward dz = g (1[y] - p) - g_H p (log p + entropy)."""
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, temperature, entropy, hits, rows, keep):
+    def forward(ctx, hidden, weight, bias, targets, head, rows, keep, entropy, hits):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         half = hidden.is_cuda and hidden.dtype == weight.dtype != dtype  # 16-bit operands, fp32 products
-        W, kept = weight if half else weight.to(dtype), []
+        W = weight if half else weight.to(dtype)
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
-        normalizer, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
+        normalizer = torch.empty_like(logprobs)
+        entropies = torch.zeros_like(logprobs)
         is_top = torch.zeros_like(targets, dtype=torch.bool)
+        kept = []
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
-            z = _logits(hidden[s], W, bias, scale, softcap, temperature)  # (rows, V)
+            z = _logits(hidden[s], W, bias, *head)  # (rows, V)
             normalizer[s] = z.logsumexp(-1)
             z -= normalizer[s, None]  # log p
             logprobs[s] = z.gather(-1, targets[s, None]).squeeze(-1)
@@ -90,7 +92,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if keep:
                 kept.append(z.to(hidden.dtype) if half else z)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropies)
-        ctx.kept, ctx.options = kept, (scale, softcap, temperature, rows, dtype, half)
+        ctx.kept, ctx.options = kept, (head, rows, dtype, half)
         ctx.mark_non_differentiable(is_top)
         ctx.set_materialize_grads(False)  # an entropy that is only logged costs the backward pass nothing
         return logprobs, entropies, is_top
@@ -98,19 +100,22 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, g_entropy, _):
         hidden, weight, bias, targets, normalizer, entropies = ctx.saved_tensors
-        scale, softcap, temperature, rows, dtype, half = ctx.options
-        g = torch.zeros_like(normalizer) if g is None else g
-        W, d_hidden = weight if half else weight.to(dtype), torch.empty_like(hidden)
-        d_weight = torch.zeros_like(W, dtype=dtype) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
+        head, rows, dtype, half = ctx.options
+        scale, softcap, temperature = head
         if ctx.kept and ctx.kept[0] is None:
             raise RuntimeError("the first backward pass freed the log-probs: a second one needs keep=False")
+        g = torch.zeros_like(normalizer) if g is None else g
+        W = weight if half else weight.to(dtype)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(W, dtype=dtype) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
             if ctx.kept:
-                logp, ctx.kept[i // rows] = ctx.kept[i // rows].to(dtype), None  # freed after its chunk
+                logp = ctx.kept[i // rows].to(dtype)
+                ctx.kept[i // rows] = None  # freed after its chunk
             else:
-                logp = _logits(hidden[s], W, bias, scale, softcap, temperature).sub_(normalizer[s, None])
+                logp = _logits(hidden[s], W, bias, *head).sub_(normalizer[s, None])
             slope = scale / temperature  # of z in h W^T + b
             if softcap is not None:
                 tanh = (logp + normalizer[s, None]).mul_(temperature / softcap)
@@ -118,7 +123,8 @@ class _TokenLogprobs(torch.autograd.Function):
             pull = g[s, None]
             if g_entropy is not None:
                 pull = pull + g_entropy[s, None] * (logp + entropies[s, None]).nan_to_num_(neginf=0.0)
-            d = logp.exp_().mul_(-pull).scatter_add_(-1, targets[s, None], g[s, None])  # (rows, V)
+            d = logp.exp_().mul_(-pull)  # (rows, V)
+            d.scatter_add_(-1, targets[s, None], g[s, None])
             d = d.mul_(slope).to(hidden.dtype if half else dtype)
             d_hidden[s] = d @ W
             if d_bias is not None:
@@ -127,450 +133,668 @@ class _TokenLogprobs(torch.autograd.Function):
                 d_weight += torch.mm(d.T, hidden[s], out_dtype=dtype)
             elif d_weight is not None:
                 d_weight.addmm_(d.T, hidden[s].to(dtype))
-        cast = lambda gradient, like: None if gradient is None else gradient.to(like.dtype)
-        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), *[None] * 8
-
+        return d_hidden, d_weight, d_bias, None, None, None, None, None, None
 
 def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0,
                    entropy=False, hits=False, rows=None, keep=None):
     """log pi(y_n | h_n) = z_y - logsumexp(z), z = softcap tanh(scale (h W^T + b) / softcap) / temperature.
-
     Computes the logits `rows` at a time, in fp32 from operands of any dtype, so 16-bit weights cost the
-    log-probs no precision. Differentiable in hidden, weight and bias under any upstream gradient per token: a
-    loss stays plain mathematics on the result. For the backward pass one copy of the log-probs is kept
-    (`keep`: 3 matrix products), by default up to KEEP_BYTES; else they are recomputed (4), never all held.
-
-    Args:
-        hidden: (N, H) last hidden states, those that predict the targets. targets: (N,) token ids.
-        weight: (V, H) output embeddings, tied or not. bias: (V,) or None.
-        scale, softcap: constants of the model's head (Cohere, Granite; Gemma), see `head_of`.
-        temperature: of the sampling distribution that is to be scored.
-        entropy: also return each token's entropy -sum_v p log p, differentiable too.
-        hits: also return whether the target is the most likely token.
-    Returns: log-probs (N,) in nats, fp32; a tuple of them and what else was asked for, each (N,).
-    Raises: ValueError for shapes that do not fit or a temperature that is not positive.
-    """
+    log-probs no precision; differentiable under any upstream gradient per token. For the backward pass one
+    copy of the log-probs is kept (`keep`: 3 matrix products), by default up to KEEP_BYTES, or recomputed (4).
+    Args: hidden (N, H), the last hidden states that predict the targets (N,); weight (V, H), bias (V,) or
+    None, scale and softcap of the output head, see `head_of`; temperature of the distribution to score;
+    entropy, hits: return too each token's -sum_v p log p, differentiable, and whether it is the likeliest.
+    Returns: log-probs (N,) in nats, fp32, or a tuple with what else was asked for, (N,) each.
+    Raises: ValueError for shapes that do not fit or a temperature that is not positive."""
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
-        shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
-        raise ValueError(f"hidden, weight and targets are {shapes}, expected (N, H), (V, H) and (N,)")
+        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
+                         f"{tuple(targets.shape)}; expected (N, H), (V, H) and (N,)")
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
     device = hidden.device.type
     hidden, weight = _autocast(hidden, weight)
-    rows = rows or (2048 if hidden.is_cuda else 128)  # large products on a GPU, chunks in cache on a CPU
+    if rows is None:
+        rows = 2048 if hidden.is_cuda else 128  # large products on a GPU, chunks in cache on a CPU
     if keep is None:
-        size = len(hidden) * len(weight) * (hidden.element_size() if hidden.is_cuda else 4)
-        keep = size <= KEEP_BYTES.get(device, 0)
+        bytes_per_logit = hidden.element_size() if hidden.is_cuda else 4
+        keep = len(hidden) * len(weight) * bytes_per_logit <= KEEP_BYTES.get(device, 0)
     keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        logprobs, *extras = _TokenLogprobs.apply(
-            hidden, weight, bias, targets, scale, softcap, temperature, entropy, hits, rows, keep)
-    extras = [x for x, wanted in zip(extras, (entropy, hits)) if wanted]
+        logprobs, entropies, is_top = _TokenLogprobs.apply(
+            hidden, weight, bias, targets, (scale, softcap, temperature), rows, keep, entropy, hits)
+    extras = [x for x, wanted in ((entropies, entropy), (is_top, hits)) if wanted]
     return (logprobs, *extras) if extras else logprobs
 
-
 def sequence_logprobs(model, input_ids, mask, **options):
-    """log pi(y_t | y_<t) of the tokens where `mask` is True and 0 elsewhere: (B, T) -> (B, T). `options` are
-    the temperature, entropy and hits of `token_logprobs`; the last two make it a tuple as there.
-
-    Rows are padded on the right, so a causal model needs neither an attention mask nor position ids: no real
-    token ever sees the padding. Only hidden states that predict a masked token reach the output head. mask[:,
-    0] must be False: nothing predicts a first token.
-    """
+    """log pi(y_t | y_<t) where `mask` is True and 0 elsewhere: (B, T) -> (B, T), or a tuple with what
+    `options` of `token_logprobs` ask for. Rows are padded on the right; nothing predicts a first token."""
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     source = mask.roll(-1, dims=1)  # position t - 1 predicts token t
     result = token_logprobs(hidden[source], targets=input_ids[mask], **head_of(model), **options)
     spread = lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x)  # (N,) -> (B, T)
     return tuple(map(spread, result)) if isinstance(result, tuple) else spread(result)
 
-
 def token_values(model, input_ids):
-    """The scalar head at every position: (B, T) -> (B, T), fp32. Rows are padded on the right, as above.
-
-    model: ...ForSequenceClassification or ...ForTokenClassification with one label. A reward model's score of
-    a row is the value at its last token; a critic's V(s_t), before token t is chosen, the one at t - 1.
-    """
+    """The score head at each token, (B, T) -> (B, T): a reward is read at the last one, V_t at t - 1."""
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
-    head = model.score if hasattr(model, "score") else model.classifier
+    head = getattr(model, "score", None) or model.classifier
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
-
-@torch.no_grad()
-def check_model(model, rows: list[list[int]], name="--model", lengths="--max-length") -> None:
-    """Refuse a model with too few positions or embeddings for the rows' ids, or whose own log-probs or score
-    of the first row `sequence_logprobs` or `token_values` does not reproduce: it would train wrongly.
-    """
-    longest, positions = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
-    if positions and longest > positions:
-        fail(f"{lengths}: rows have up to {longest} tokens, {name} {positions} positions: lower it")
-    largest, vocabulary = max(map(max, rows)), len(model.get_input_embeddings().weight)
-    if largest >= vocabulary:
-        fail(f"{name}: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
-    ids = torch.tensor(rows[:1], device=model.device)  # (1, T)
-    if model.get_output_embeddings() is None:
-        want, got = model(input_ids=ids).logits[:, 0].float(), token_values(model, ids)[:, -1]
-    else:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        want = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        got = sequence_logprobs(model, ids, torch.arange(ids.shape[1], device=ids.device)[None] > 0)[:, 1:]
-    if not (gap := (got - want).abs().max().item()) < 2e-3:  # NaN fails too
-        fail(f"{name}: {type(model).__name__}'s log-probs or scores from hidden states differ from its own "
-             f"by {gap:.2g}: its head does something that common.py does not know")
-
-
 # ---- KL and masked statistics ----
-
-
-def kl_estimate(logprobs, ref_logprobs, kind: str):
-    """Per-token estimators of KL(pi || ref) for tokens drawn from pi (Schulman 2020,
-    joschu.net/blog/kl-approx).
-
+def kl_estimate(logprobs, ref_logprobs, kind):
+    """Estimators of KL(pi || ref) from tokens drawn from pi (Schulman 2020, joschu.net/blog/kl-approx).
     With d = log pi - log ref:      value, mean over y ~ pi     mean gradient, as a term of the loss
       k1 = d                        KL(pi || ref), any sign     0, only noise: it belongs in the reward
       k2 = d^2 / 2                  biased, >= 0                that of KL(pi || ref)
       k3 = exp(-d) - 1 + d          KL(pi || ref), >= 0         that of KL(ref || pi), the other direction
     In the reward, where the estimate multiplies grad log pi, k1 gives the gradient of KL(pi || ref); k2 and
-    k3 do not. In the loss, k3 times the differentiated ratio pi / pi_old gives it too.
-
-    Args: log-probs of any equal shape; kind "k1", "k2" or "k3". Returns: nats, the same shape.
-    """
+    k3 do not. In the loss, k3 times the differentiated ratio pi / pi_old gives it too. Nats, in any shape."""
     d = logprobs - ref_logprobs
-    if kind not in ("k1", "k2", "k3"):
-        raise ValueError(f"unknown estimator {kind!r}: k1, k2 or k3")
-    # expm1, since exp(-d) - 1 loses every digit of a small d
-    return d if kind == "k1" else d.square() / 2 if kind == "k2" else torch.expm1(-d) + d
-
-
-@torch.no_grad()
-def exact_kl(hidden, head: dict, ref_hidden, ref_head: dict, temperature=1.0, rows=512):
-    """KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v)) of each position, over the whole vocabulary: (N,),
-    nats.
-
-    Args: hidden (N, H) and ref_hidden (N, H') with their heads from `head_of`. No gradient: a metric, or a
-    test.
-    """
-    result, heads = [], [{**h, "temperature": temperature} for h in (head, ref_head)]
-    with torch.autocast(hidden.device.type, enabled=False):
-        for pair in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
-            p, q = (torch.log_softmax(_logits(h, **options), -1) for h, options in zip(pair, heads))
-            result.append((p.exp() * (p - q)).nan_to_num(0.0).sum(-1))
-    return torch.cat(result)
-
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    if kind == "k3":
+        return torch.expm1(-d) + d  # exp(-d) - 1 would lose every digit of a small d
+    raise ValueError(f"unknown estimator {kind!r}: k1, k2 or k3")
 
 def masked_mean(x, mask):
     """Mean of x where mask is True, 0 if nowhere. No inf or NaN elsewhere in x reaches value or gradient."""
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
-
-def masked_whiten(x, mask, shift_mean: bool = True):
-    """(x - mean) / population std over all masked entries, plus the mean unless shift_mean; 0 elsewhere."""
+def masked_whiten(x, mask):
+    """(x - mean) / population standard deviation over all masked entries; 0 elsewhere."""
     x = torch.where(mask, x, 0.0)
-    mean = masked_mean(x, mask)
-    white = (x - mean) / (masked_mean((x - mean).square(), mask).sqrt() + 1e-8)
-    return torch.where(mask, white if shift_mean else white + mean, 0.0)
+    centered = x - masked_mean(x, mask)
+    std = masked_mean(centered.square(), mask).sqrt()
+    return torch.where(mask, centered / (std + 1e-8), 0.0)
 
+# ---- Batches: a dict of (B, T) tensors, padded on the right ----
+def pad(rows, device, value=0):
+    """Lists to a tensor (B, T), padded on the right. Masks say what counts, never the padding's value."""
+    T = max(map(len, rows))
+    return torch.tensor([row + [value] * (T - len(row)) for row in rows], device=device)
 
-# ---- Sampling ----
+def last_token(mask):
+    """Index of each row's last True column: (B, T) -> (B,)."""
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
+def micro_batches(batch, index, size):
+    """(rows, their batch), `size` at a time of those in index (n,): shortest first, needless columns cut."""
+    lengths = last_token(batch["mask"]).cpu() + 1
+    for rows in index[lengths[index].argsort(stable=True)].split(size):
+        T = int(lengths[rows].max())
+        yield rows, {name: x[rows, :T] for name, x in batch.items()}
 
 @torch.no_grad()
-def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_ids: list[int], temperature: float = 1.0,
-           seed: int = 0, batch_size: int = 256):
-    """Draw a completion for each prompt from softmax(z / temperature), and at temperature 0 the most likely
-    tokens.
+def per_token(function, batch, size):
+    """function(micro-batch) -> (b, t), such as log-probs or values, of the whole batch: (B, T)."""
+    result = torch.zeros_like(batch["logprobs"])
+    for rows, mb in micro_batches(batch, torch.arange(len(result)), size):
+        x = function(mb)
+        result[rows, : x.shape[1]] = x
+    return result
 
-    No top-k, top-p or penalty, whatever the model's generation_config says: what is sampled is what is
-    scored. The noise of a row is a function of (seed, row), so batch_size changes memory and not the samples.
-
-    Returns: tokens (B, R), log-probs (B, R) in fp32, lengths (B,), on the model's device. A row ends with its
-    first token of eos_ids, or unfinished at max_new_tokens; behind its length it holds zeros.
-    """
-    device, B, training = model.device, len(prompts), model.training
+# ---- Sampling ----
+@torch.no_grad()
+def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256):
+    """A response to each prompt, a list of ids, from softmax(z / temperature), at 0 the likeliest tokens. The
+    noise is a function of (seed, row). Returns a batch of (B, T): input_ids, mask of responses, logprobs."""
+    training, generator = model.training, torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
     model.eval()  # activation checkpointing, which is for training mode, would leave the cache empty
-    noise = torch.rand(B, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    noise, stop = noise.to(device), torch.tensor(eos_ids, device=device)
-    tokens, head = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device), head_of(model)
-    logprobs, lengths = torch.zeros(tokens.shape, device=device), tokens.new_zeros(B)
-    for first in range(0, B, batch_size):
-        rows = prompts[first : first + batch_size]
-        s, P = torch.arange(first, first + len(rows), device=device), max(map(len, rows))
-        ids = torch.tensor([[0] * (P - len(row)) + row for row in rows], device=device)  # padded on the left
-        mask = torch.tensor([[0] * (P - len(row)) + [1] * len(row) for row in rows], device=device)
-        alive, cache = torch.ones(len(rows), dtype=torch.bool, device=device), None
-        for t in range(max_new_tokens):
-            position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=position,
-                                   past_key_values=cache, use_cache=True)
-            hidden, head["weight"] = _autocast(out.last_hidden_state[:, -1], head["weight"])
-            with torch.autocast(device.type, enabled=False):  # fp32 logits, as in scoring
-                z = _logits(hidden, **head, temperature=temperature or 1.0)
-            logp, cache = torch.log_softmax(z, -1), out.past_key_values  # (rows, V)
-            if temperature == 0:
-                token = logp.argmax(-1)
-            else:  # invert the cumulative distribution, in double precision
-                cdf = logp.double().exp().cumsum(-1)
-                token = torch.searchsorted(cdf, noise[s, t, None] * cdf[:, -1:], right=True).squeeze(-1)
-                token = token.clamp(max=logp.shape[-1] - 1)
-            tokens[s, t] = token.where(alive, 0)
-            logprobs[s, t] = logp.gather(-1, token[:, None]).squeeze(-1).where(alive, 0.0)
-            lengths[s] += alive
-            alive &= ~torch.isin(token, stop)
-            if not (left := int(alive.sum())):
-                break
-            ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
-            layers = getattr(cache, "layers", [None])
-            if left < 0.75 * len(s) and all(hasattr(layer, "batch_select_indices") for layer in layers):
-                cache.batch_select_indices(alive)  # finished rows leave
-                s, ids, mask, alive = s[alive], ids[alive], mask[alive], alive[alive]
+    input_ids, mask, logprobs = [], [], []
+    for first in range(0, len(prompts), batch_size):
+        part = slice(first, first + batch_size)
+        drawn = _sample_together(model, prompts[part], noise[part].to(model.device), eos_ids, temperature)
+        for prompt, tokens, logp, length in zip(prompts[part], *(x.tolist() for x in drawn)):
+            input_ids.append(prompt + tokens[:length])
+            mask.append([False] * len(prompt) + [True] * length)
+            logprobs.append([0.0] * len(prompt) + logp[:length])
     model.train(training)
-    R = int(lengths.max())
-    return tokens[:, :R], logprobs[:, :R], lengths
+    return {"input_ids": pad(input_ids, model.device), "mask": pad(mask, model.device, False),
+            "logprobs": pad(logprobs, model.device, 0.0)}
+
+def _sample_together(model, prompts, noise, eos_ids, temperature):
+    """tokens (B, R), log-probs (B, R), lengths (B,); prompts padded on the left, keys and values cached."""
+    device, head = model.device, head_of(model)
+    tokens = torch.zeros_like(noise, dtype=torch.long)
+    logprobs = torch.zeros(noise.shape, device=device)
+    lengths, stop = tokens.new_zeros(len(prompts)), tokens.new_tensor(eos_ids)
+    ids = pad([prompt[::-1] for prompt in prompts], device).flip(1)
+    mask = pad([[1] * len(prompt) for prompt in prompts], device).flip(1)
+    rows = torch.arange(len(prompts), device=device)  # those that are still in the batch
+    alive = rows >= 0  # which of them have no EOS yet
+    past = {}
+    for t in range(noise.shape[1]):
+        position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, **past)
+        past = {name: out[name] for name in out.keys() & {"cache", "past_key_values"}}  # the new name, or old
+        hidden, head["weight"] = _autocast(out.last_hidden_state[:, -1], head["weight"])
+        with torch.autocast(device.type, enabled=False):  # fp32 logits, as in scoring
+            logp = torch.log_softmax(_logits(hidden, **head, temperature=temperature or 1.0), -1)  # (rows, V)
+        if temperature == 0:
+            token = logp.argmax(-1)
+        else:  # invert the cumulative distribution, in double precision
+            cdf = logp.double().exp().cumsum(-1)
+            token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).squeeze(-1)
+            token = token.clamp(max=logp.shape[-1] - 1)
+        tokens[rows, t] = token
+        logprobs[rows, t] = logp.gather(-1, token[:, None]).squeeze(-1)
+        lengths[rows] += alive
+        alive &= ~torch.isin(token, stop)
+        left = int(alive.sum())
+        if left == 0:
+            break
+        ids = token[:, None]
+        mask = F.pad(mask, (0, 1), value=1)
+        [cache] = past.values()
+        layers = getattr(cache, "layers", [None])
+        if left < 0.75 * len(rows) and all(hasattr(layer, "batch_select_indices") for layer in layers):
+            cache.batch_select_indices(alive)  # finished rows leave
+            rows, ids, mask = rows[alive], ids[alive], mask[alive]
+            alive = alive[alive]
+    return tokens, logprobs, lengths
+
+def ended(batch, eos_ids):
+    """Which responses of a batch end with an EOS: (B,)."""
+    last = batch["input_ids"].gather(1, last_token(batch["mask"])[:, None])  # (B, 1)
+    return torch.isin(last, last.new_tensor(eos_ids)).squeeze(1)
+
+def responses_of(batch):
+    """The token ids of each response in a batch, its EOS among them: a list of lists."""
+    return [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["mask"])]
+
+@torch.no_grad()
+def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
+    """A scored response to each (row, prompt ids): a batch of (B, T) with ref_logprobs, and episodes (B,):
+    rewards less --missing-eos-penalty, kl and entropy in nats, lengths, finished; scores (B, K rewards)."""
+    rows, prompts = map(list, zip(*rows))
+    with autocast():
+        batch = sample(policy, prompts, args.max_new_tokens, eos_ids, args.temperature, seed)
+        score_reference = lambda mb: sequence_logprobs(
+            reference, mb["input_ids"], mb["mask"], temperature=args.temperature)
+        batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size)
+    scores = score(rows, prompts, responses_of(batch))  # NaN where a reward gives None
+    if scores.isnan().all(1).any():
+        fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
+    finished = ended(batch, eos_ids)
+    weights = scores.new_tensor(args.reward_weights or [1.0] * len(args.reward))
+    rewards = (scores * weights).nansum(1) - args.missing_eos_penalty * ~finished
+    kl = kl_estimate(batch["logprobs"], batch["ref_logprobs"], "k1").sum(1)
+    return batch, {"scores": scores, "rewards": rewards, "kl": kl, "entropy": -batch["logprobs"].sum(1),
+                   "lengths": batch["mask"].sum(1).float(), "finished": finished.float()}
 
 
-# ---- Rows of text to tokens ----
+# ==== II. Files =======================================================================================
+def fail(message):
+    """Bad input ends a script with one line on stderr and exit code 2, without a traceback."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
+@contextlib.contextmanager
+def blame(what, file=""):
+    """Any error inside is bad input: a line with `what`, the error, and its line in the user's own `file`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        trace = traceback.extract_tb(error.__traceback__)
+        places = [f"{file}:{frame.lineno}: " for frame in trace if frame.filename == os.path.abspath(file)]
+        fail(f"{what}: {places[-1] if places else ''}{type(error).__name__}: {error}")
 
-def read_rows(path: str, split: str = "train") -> list[dict]:
-    """Rows of a .jsonl or .json file, or of a .parquet file or Hub id through the optional `datasets`
-    package. Each carries its origin, "file:line", under the key "_where".
-    """
+# ---- Rows of text to tokens: a row is a dict of columns, and "_where" its origin, file:line ----
+def read_rows(path, split="train"):
+    """Rows of a .jsonl or .json file, or by the optional `datasets` package of a .parquet file or Hub id."""
     file, rows = Path(path), []
     if file.suffix in (".jsonl", ".json"):
-        try:
+        with blame(path):
             text = file.read_text(encoding="utf-8")
-            whole = file.suffix == ".json" and text.lstrip().startswith("[")
-            lines = list(map(json.dumps, json.loads(text))) if whole else text.split("\n")
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            fail(f"{path}: {error}")
+            lines = text.split("\n")
+            if file.suffix == ".json" and text.lstrip().startswith("["):  # one list of all rows
+                lines = [json.dumps(row) for row in json.loads(text)]
         for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                fail(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+            if not line.strip():
+                continue
+            with blame(f"{path}:{number}: not JSON"):
+                row = json.loads(line)
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: expected an object with named columns, found {line[:40]}")
-            rows += [{**row, "_where": f"{path}:{number}"}] if line.strip() else []
+            rows.append((number, row))
     elif file.suffix == ".parquet" or (path.count("/") == 1 and not file.parent.exists()):
-        try:
+        with blame(f"{path} (.parquet files and Hub ids need `pip install datasets`)"):
             import datasets
-
             source = {"path": "parquet", "data_files": path} if file.suffix else {"path": path}
             loaded = datasets.load_dataset(**source, split="train" if file.suffix else split)
-        except ImportError:
-            fail(f"{path}: .parquet files and Hub ids need `pip install datasets`")
-        except Exception as error:  # of dozens of types, for a wrong name or a network that is down
-            fail(f"{path}: {error}")
-        rows = [{**row, "_where": f"{path}:{i}"} for i, row in enumerate(loaded, 1)]
+        rows = list(enumerate(loaded, 1))
     else:
         fail(f"{path}: not a .jsonl, .json or .parquet file, nor a data set's Hub id (owner/name)")
-    return rows or fail(f"{path}: no rows")
+    return [{**row, "_where": f"{path}:{number}"} for number, row in rows] or fail(f"{path}: no rows")
 
-
-def split_rows(dataset: str, eval_dataset: str) -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows). The latter are those of eval_dataset, or of the data set's own test
-    file (x.test beside x.train, x_test beside x), or every row of one prompt in twenty, so that no prompt is
-    on both sides.
-    """
+def split_rows(dataset, eval_dataset):
+    """(training rows, held-out rows): of eval_dataset, x.test or x_test beside x, else 1 prompt in 20."""
     rows, file = read_rows(dataset), Path(dataset)
-    names = file.name.replace("train", "test"), f"{file.stem}_test{file.suffix}"
-    own = [str(file.with_name(name)) for name in names if name != file.name and file.with_name(name).exists()]
-    if eval_dataset or own:
-        return rows, read_rows(eval_dataset or own[0], "test")
-    keys = []
+    for name in (file.name.replace("train", "test"), f"{file.stem}_test{file.suffix}"):
+        if not eval_dataset and name != file.name and file.with_name(name).exists():
+            eval_dataset = str(file.with_name(name))
+    if eval_dataset:
+        return rows, read_rows(eval_dataset, "test")
+    prompts = []
     for row in rows:  # what precedes the first answer
-        key = next((row[name] for name in ("prompt", "messages", "chosen", "text") if name in row), "")
-        if isinstance(key, list):
-            roles = [message.get("role") if isinstance(message, dict) else None for message in key]
-            key = key[: roles.index("assistant")] if "assistant" in roles else key
-        keys.append(str(key).split("\n\nAssistant:")[0])
-    held_out = set(list(dict.fromkeys(keys))[::20])
-    if len(set(keys)) < 2:
+        first = next((row[name] for name in ("prompt", "messages", "chosen", "text") if name in row), "")
+        if isinstance(first, list):
+            first = list(takewhile(lambda message: "'role': 'assistant'" not in str(message), first))
+        prompts.append(str(first).split("\n\nAssistant:")[0])
+    distinct = list(dict.fromkeys(prompts))
+    if len(distinct) < 2:
         fail(f"{dataset}: a single prompt, so none can be held out: pass --eval-dataset")
-    train = [row for row, key in zip(rows, keys) if key not in held_out]
-    return train, [row for row, key in zip(rows, keys) if key in held_out]
+    held_out = set(distinct[::20])
+    train = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
+    return train, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
 
+def columns_of(row):
+    """The names of the columns in the user's file."""
+    return sorted(name for name in row if not name.startswith("_"))
 
-def explicit_pairs(rows: list[dict]) -> None:
-    """Give each row mu, 1 if absent, and a prompt: without that column it is what both sides share, their
-    leading messages or, of texts in the style of Anthropic HH, everything up to the last "\\n\\nAssistant:".
-    """
+def explicit_pairs(rows):
+    """Give rows mu, 1 if absent, and the prompt that both sides share: messages, or text of "Assistant:"."""
     for row in rows:
         mu = row.setdefault("mu", 1.0)
         if type(mu) not in (int, float) or not 0 <= mu <= 1:
             fail(f"{row['_where']}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
-        if not {"chosen", "rejected"} <= set(row):
-            fail(f"{row['_where']}: needs chosen and rejected; found {sorted(set(row) - {'_where', 'mu'})}")
-        if "prompt" not in row:
-            chosen, rejected, marker = row["chosen"], row["rejected"], "\n\nAssistant:"
-            if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
-                fail(f"{row['_where']}: chosen and rejected must both be text, or both lists of messages")
-            n = min(len(chosen), len(rejected)) - isinstance(chosen, list)  # of messages all but the last
-            n = next((i for i in range(n) if chosen[i] != rejected[i]), n)
-            if isinstance(chosen, str):
-                n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0
-            if n == 0:
-                fail(f"{row['_where']}: no prompt column, and chosen and rejected share no beginning")
-            row.update(prompt=chosen[:n], chosen=chosen[n:], rejected=rejected[n:])
+        if "chosen" not in row or "rejected" not in row:
+            fail(f"{row['_where']}: needs chosen and rejected; has {columns_of(row)}")
+        if "prompt" in row:
+            continue
+        chosen, rejected = row["chosen"], row["rejected"]
+        if {type(chosen), type(rejected)} not in ({str}, {list}):
+            fail(f"{row['_where']}: chosen and rejected must both be text, or both lists of messages")
+        same = [a == b for a, b in zip(chosen, rejected)]  # characters, or messages
+        prompt = chosen[: [*same, False].index(False)]
+        if isinstance(chosen, str):
+            prompt = "".join(prompt.rpartition("\n\nAssistant:")[:2])
+        else:
+            prompt = prompt[: min(len(chosen), len(rejected)) - 1]  # the last message is the answer
+        if not prompt:
+            fail(f"{row['_where']}: no prompt column, and chosen and rejected share no beginning")
+        row.update(prompt=prompt, chosen=chosen[len(prompt) :], rejected=rejected[len(prompt) :])
 
-
-def segments_of(tokenizer, row: dict, completion: str) -> list[tuple[str, bool, bool]]:
-    """A row as segments of text (text, trained?, chat?): `prompt` and `completion` as texts or message lists,
-    `messages` with every assistant turn trained, or `text`, trained as a whole.
-
-    Few chat templates mark the turns, so they are found by rendering prefixes: what a template writes for a
-    message behind its own generation prompt is that message's turn.
-    """
-    where, first = row["_where"], 0
-    formats = ["prompt", completion], ["messages"], ["text"]
-    keys = next((keys for keys in formats if set(keys) <= set(row)), None)
-    if keys is None:
-        fail(f"{where}: needs prompt and {completion}, messages or text; has {sorted(set(row) - {'_where'})}")
-    parts = [row[key] for key in keys]
-    if all(isinstance(part, str) for part in parts):
+def segments_of(tokenizer, row, completion):
+    """A row as [(text, trained?, chat?), ...]; a turn is what is rendered behind its generation prompt."""
+    where = row["_where"]
+    layouts = [names for names in (["prompt", completion], ["messages"], ["text"]) if set(names) <= set(row)]
+    if not layouts:
+        fail(f"{where}: needs prompt and {completion}, messages or text; has {columns_of(row)}")
+    parts = [row[name] for name in layouts[0]]
+    types = {type(part) for part in parts}
+    if types == {str}:
         return [(part, k == len(parts) - 1, False) for k, part in enumerate(parts)]
-    if not all(isinstance(part, list) for part in parts):
-        fail(f"{where}: {' and '.join(keys)} must be text, or lists of messages with role and content")
+    if types != {list}:
+        fail(f"{where}: {' and '.join(layouts[0])} must be text, or lists of messages with role and content")
     if not tokenizer.chat_template:
         fail(f"{where}: messages need a tokenizer with a chat template, and this one has none")
-    messages, first = sum(parts, []), len(parts[0]) if len(parts) == 2 else 0
-    segments, done, render = [], "", partial(tokenizer.apply_chat_template, tokenize=False)
-    for i, message in enumerate(messages):
-        try:
-            if i < first or message["role"] != "assistant":
+    messages = sum(parts, [])
+    first = len(parts[0]) if len(parts) == 2 else 0  # the turns of a prompt are not trained
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    segments, done = [], ""
+    for i in range(first, len(messages)):
+        with blame(f"{where}: the chat template refuses message {i + 1}"):
+            if messages[i]["role"] != "assistant":
                 continue
-            before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
-        except Exception as error:  # a template raises what it likes
-            fail(f"{where}: the chat template refuses message {i + 1}: {error!r}")
+            before = render(messages[:i], add_generation_prompt=True)
+            after = render(messages[: i + 1])
         if not (before.startswith(done) and after.startswith(before)):
             fail(f"{where}: the chat template rewrites the turns before {i + 1}: give prompt and completion")
         segments += [(before[len(done) :], False, True), (after[len(before) :], True, True)]
         done = after
     return segments or fail(f"{where}: no assistant message to train on")
 
-
-def encode(tokenizer, rows: list[dict], eos_ids: list[int], max_length: int, completion: str = "completion"):
-    """Each row as (ids, trained), two lists of equal length: [(list[int], list[bool]), ...].
-
-    Segments are tokenized apart and their ids concatenated, so no token straddles a boundary; all but the
-    first behind a newline that is cut off again, since some tokenizers put a space before every text. Plain
-    text gets the tokenizer's BOS; a chat template brings its own. A row ends with exactly one EOS, appended
-    if missing; what a template writes behind it is dropped, or untrained within a row. max_length cuts a
-    completion before its EOS.
-    """
-    segments = [segments_of(tokenizer, row, completion) for row in rows]
+def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
+    """Each row as (ids, trained), two lists of equal length that end with exactly one EOS. Its segments are
+    tokenized apart, behind a newline that is cut off again, as some tokenizers put a space before a text."""
     bare = partial(tokenizer, add_special_tokens=False)
-    texts = ["\n" * (k > 0) + text for row in segments for k, (text, *_) in enumerate(row)]
-    pieces = iter(bare(texts)["input_ids"])
-    anchor, marked = bare("\n")["input_ids"], tokenizer("\n")["input_ids"]
-    bos = next((marked[:i] for i in range(len(marked)) if marked[i : i + len(anchor)] == anchor), [])
-    result, cut = [], 0
+    newline = bare("\n")["input_ids"]
+    marked = tokenizer("a")["input_ids"]
+    bos = marked[: marked.index(bare("a")["input_ids"][0])]
+    segments = [segments_of(tokenizer, row, completion) for row in rows]
+    texts = [text if k == 0 else "\n" + text for parts in segments for k, (text, *_) in enumerate(parts)]
+    pieces = iter(bare(texts)["input_ids"])  # all at once, which is many times faster
+    result, num_cut = [], 0
     for row, parts in zip(rows, segments):
         ids, trained = [], []
         for k, (text, train, chat) in enumerate(parts):
             piece = next(pieces)
+            is_last = k == len(parts) - 1
             if k == 0 and not chat:
                 piece = bos + piece
-            elif k:  # a newline that merged with the text cannot be cut off
-                piece = piece[len(anchor) :] if piece[: len(anchor)] == anchor else bare(text)["input_ids"]
-            end = max((i + 1 for i, token in enumerate(piece) if token in eos_ids), default=0)
-            if k == len(parts) - 1:
-                while not chat and piece and piece[-1] in eos_ids:
-                    piece = piece[:-1]
-                piece = piece[:end] if chat and end else piece + eos_ids[:1]
-                end = len(piece)
-            ids, trained = ids + piece, trained + [train and (i < end or not end) for i in range(len(piece))]
+            elif k > 0 and piece[: len(newline)] == newline:
+                piece = piece[len(newline) :]
+            elif k > 0:  # it merged with the text and cannot be cut off
+                piece = bare(text)["input_ids"]
+            while is_last and not chat and piece and piece[-1] in eos_ids:
+                piece = piece[:-1]
+            ends = [i + 1 for i, token in enumerate(piece) if token in eos_ids]
+            if is_last:
+                piece = piece[: ends[-1]] if chat and ends else piece + eos_ids[:1]
+            end = ends[-1] if ends and not is_last else len(piece)  # what follows an EOS is the template's
+            ids += piece
+            trained += [train] * end + [False] * (len(piece) - end)
         if len(ids) > max_length:
-            eos, cut = ids[-1], cut + 1
-            kept = max((i + 1 for i in range(max_length - 1) if trained[i]), default=0)
-            if kept == 0:
+            num_cut += 1
+            ends = [i + 1 for i in range(max_length - 1) if trained[i]]
+            if not ends:
                 fail(f"{row['_where']}: the prompt fills --max-length {max_length}: raise it or drop the row")
-            ids, trained = ids[:kept], trained[:kept]  # to where the cut is, or the last turn before it ends
-            if ids[-1] not in eos_ids:
-                ids, trained = [*ids, eos], [*trained, True]
+            eos = [] if ids[ends[-1] - 1] in eos_ids else ids[-1:]  # unless cut behind a whole turn
+            ids = ids[: ends[-1]] + eos
+            trained = trained[: ends[-1]] + [True] * len(eos)
         trained[0] = False  # nothing predicts it
         if not any(trained):
             fail(f"{row['_where']}: has no token to train on")
         result.append((ids, trained))
-    if cut:
-        file = rows[0]["_where"].rpartition(":")[0]
-        print(f"{cut} of {len(rows)} rows of {file} were cut to --max-length {max_length}")
+    if num_cut:
+        print(f"{num_cut} of {len(rows)} rows ({rows[0]['_where']} ...) cut to --max-length {max_length}")
     return result
 
+def load_prompts(tokenizer, rows, eos_ids, max_prompt_length):
+    """Rows to [(row with all columns and "_end", the EOS that ends it; ids of its prompt), ...]."""
+    columns, probes, prompts = {}, [], []
+    for row in rows:
+        columns |= dict.fromkeys(row)
+        if not isinstance(row.get("prompt"), (str, list)):
+            fail(f"{row['_where']}: needs prompt, as text or messages; has {columns_of(row)}")
+        reply = "" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": "."}]
+        probes.append({**row, "completion": reply})
+    for row, (ids, trained) in zip(rows, encode(tokenizer, probes, eos_ids, 1 << 30)):
+        prompt = ids[: trained.index(True)]
+        if len(prompt) <= max_prompt_length:
+            prompts.append(({**columns, **row, "_end": ids[-1]}, prompt))
+    if len(prompts) < len(rows):
+        print(f"{len(rows) - len(prompts)} of {len(rows)} prompts are over --max-prompt-length: dropped")
+    return prompts or fail(f"{rows[0]['_where']}: every prompt is longer than --max-prompt-length")
 
-# ---- Runs ----
+# ---- Models and rewards ----
+def device_of(args):
+    """(device, autocast) of --device and --dtype: auto is CUDA if there is one, and bf16 products there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no CUDA device")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and cuda
+    return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
 
+def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, new_head="", **options):
+    """(model, tokenizer, eos_ids), fp32, without dropout. eos_ids[0] ends rows; any of them ends a sample."""
+    folder, causal = Path(name), kind is AutoModelForCausalLM
+    if not folder.is_dir() and (name.count("/") != 1 or folder.parent.exists()):
+        fail(f"{flag} {name}: no such folder, nor a model's Hub id (owner/name)")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(args.seed)  # of weights that start at random
+    with blame(f"{flag} {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **options)
+        config.update({key: 0.0 for key, value in vars(config).items() if "drop" in key and value})
+        if causal and folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+            print(f"{name} holds no weights: starting from random ones")
+            model, info = kind.from_config(config, dtype=torch.float32), {"missing_keys": []}
+        else:
+            model, info = kind.from_pretrained(
+                name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        eos = getattr(config, "eos_token_id", None)
+        with contextlib.suppress(OSError):
+            eos = GenerationConfig.from_pretrained(name).eos_token_id or eos
+    for missing in info["missing_keys"]:
+        if missing != new_head:
+            fail(f"{flag} {name}: its weights lack {missing}")
+        head = model.get_parameter(new_head)
+        torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
+    eos_ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
+    if not eos_ids:
+        fail(f"{flag} {name}: neither its tokenizer nor its generation_config names an EOS token")
+    if causal:  # what others need to sample from the saved model
+        model.generation_config = GenerationConfig(
+            bos_token_id=getattr(config, "bos_token_id", None), eos_token_id=eos_ids,
+            pad_token_id=None if tokenizer.pad_token_id in eos_ids else tokenizer.pad_token_id)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if device.type == "cpu" and model.num_parameters() < 5e6:
+        torch.set_num_threads(1)  # on matrices this small, threads wait longer than they work
+    return model.to(device).train(), tokenizer, eos_ids
 
-def check_flags(args) -> None:
-    """Refuse numbers that are negative, infinite, NaN or mostly 0, uneven micro-batches, a missing device."""
-    zero = ("seed learning_rate critic_learning_rate warmup_steps weight_decay label_smoothing eval_every "
-            "save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty").split()
+@torch.no_grad()
+def check_model(model, rows, name="--model", lengths="--max-length"):
+    """Refuse a model with too few positions or embeddings for these rows, or that would be scored wrongly."""
+    longest, largest = max(map(len, rows)), max(map(max, rows))
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    if longest > positions:
+        fail(f"{lengths}: rows have up to {longest} tokens, {name} {positions} positions: lower it")
+    vocabulary = len(model.get_input_embeddings().weight)
+    if largest >= vocabulary:
+        fail(f"{name}: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
+    ids = pad(rows[:1], model.device)  # (1, T)
+    own = model(input_ids=ids).logits.float()  # (1, T, V), or (1, 1) of a reward model
+    if model.get_output_embeddings() is None:
+        gap = own[:, 0] - token_values(model, ids)[:, -1]
+    else:
+        mask = torch.arange(ids.shape[1], device=ids.device)[None] > 0
+        logprobs = -F.cross_entropy(own[0, :-1], ids[0, 1:], reduction="none")
+        gap = logprobs - sequence_logprobs(model, ids, mask)[0, 1:]
+    if not (gap := gap.abs().max()) < 2e-3:  # NaN fails too
+        fail(f"{name}: {type(model).__name__}'s log-probs or scores from hidden states differ from its own "
+             f"by {gap:.2g}: its head does something that common.py does not know")
+
+def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
+    """(score, reward model or None): score(rows, prompts, responses) -> (B,), of data rows and token ids."""
+    if spec.rpartition(":")[0].endswith(".py"):
+        return reward_function(spec, tokenizer, device), None
+    model, own_tokenizer, own_ids = load_model(
+        spec, args, device, "--reward", AutoModelForSequenceClassification)
+    if model.config.num_labels != 1 or not hasattr(model, "score"):
+        fail(f"--reward {spec}: no reward model: it needs one label and a trained head named score")
+    if tokenizer.get_vocab().items() - own_tokenizer.get_vocab().items():
+        fail(f"--reward {spec}: its tokenizer is not the policy's: train it by reward_model.py from --model")
+    model.eval().requires_grad_(False)
+
+    def score(rows, prompts, responses):
+        texts = []  # to be read as in training: at the EOS of its rows, even if a response was cut
+        for row, prompt, response in zip(rows, prompts, responses):
+            body = response[:-1] if response[-1] in eos_ids else response
+            end = row["_end"] if row.get("_end") in own_ids else own_ids[0]
+            texts.append([*prompt, *body, end])
+        scores = read_scores(model, texts, args.micro_batch_size, autocast)
+        if not scores.isfinite().all():
+            fail(f"--reward {spec}: a score that is not finite")
+        return scores - getattr(model.config, "reward_mean", 0.0)
+
+    return score, model
+
+@torch.no_grad()
+def read_scores(model, rows, size, autocast):
+    """A reward model's raw scores of rows of token ids, each at its last token: (len(rows),)."""
+    scores = []
+    for i in range(0, len(rows), size):
+        part = rows[i : i + size]
+        with autocast():
+            values = token_values(model, pad(part, model.device))  # (b, T)
+        scores += [row[len(ids) - 1] for row, ids in zip(values, part)]
+    return torch.stack(scores)
+
+def reward_function(spec, tokenizer, device):
+    """score() of file.py:function, which is called as TRL does, with texts or messages; NaN for its None."""
+    file, _, name = spec.rpartition(":")
+    source = importlib.util.spec_from_file_location(spec.replace(".", "_"), file)  # a module name of its own
+    module = sys.modules[source.name] = importlib.util.module_from_spec(source)
+    sys.path.append(str(Path(file).resolve().parent))  # for what it imports
+    with blame(f"--reward {spec}", file):
+        source.loader.exec_module(module)
+        function = getattr(module, name)
+
+    def score(rows, prompts, responses):
+        completions = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        for i, row in enumerate(rows):
+            if isinstance(row["prompt"], list):
+                completions[i] = [{"role": "assistant", "content": completions[i]}]
+        columns = {}
+        for name in columns_of(rows[0]):
+            if name not in ("prompt", "completion"):
+                columns[name] = [row[name] for row in rows]
+        with blame(f"--reward {spec}, given columns {list(columns)}", file):
+            texts = [row["prompt"] for row in rows]
+            given = list(function(prompts=texts, completions=completions, **columns))
+            scores = torch.tensor([math.nan if x is None else float(x) for x in given], device=device)
+        if len(scores) != len(rows) or scores.isfinite().sum() + given.count(None) < len(rows):
+            fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
+        return scores
+
+    return score
+
+# ---- Training ----
+def check_flags(args):
+    """Refuse numbers that are negative or infinite, 0 where that has no meaning, and uneven micro-batches."""
+    may_be_0 = """seed learning_rate critic_learning_rate warmup_steps weight_decay label_smoothing eval_every
+        save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty""".split()
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in zero):
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_0):
             fail(f"--{name.replace('_', '-')} is {value}: out of range")
     if args.batch_size > args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch finds no CUDA device")
 
+def make_first(path, default, script):
+    """Run the script that makes the default model, if it has not run yet."""
+    if path == default and not Path(path).exists():
+        print(f"{path} does not exist yet: running {script}, which makes it")
+        if code := subprocess.run([sys.executable, Path(__file__).with_name(script)]).returncode:
+            raise SystemExit(code)
 
-def open_run(args):
-    """(run folder, checkpoint or None). Never overwrites a finished run nor loses an interrupted one."""
-    run, checkpoint = Path(args.output_dir), Path(args.output_dir, "state", "checkpoint.pt")
-    if (run / "model").exists():
-        fail(f"--output-dir {run} holds a finished run: choose another folder, or remove it")
-    if checkpoint.exists() and not args.resume:
-        fail(f"--output-dir {run} holds an interrupted run: continue it with --resume, or remove it")
-    if not args.resume:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                (run / name).write_text("")
-        except OSError as error:
-            fail(f"--output-dir {run}: {error}")
-        return run, None
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # none there, or not whole: torch raises many types
-        fail(f"--resume: cannot read {checkpoint}: {error}")
-    free = ("resume", "micro_batch_size", "save_every", "gradient_checkpointing", "track")
-    for name, value in asdict(args).items():
-        if name not in free and value != state["args"].get(name):
-            fail(f"--resume: --{name.replace('_', '-')} is {value}, and was {state['args'].get(name)} before")
-    for name, size in state["sizes"].items():
-        os.truncate(run / name, size)  # what was logged after the checkpoint will be logged again
-    return run, state
+def learning_rate(args, step, num_steps):
+    """Of this step, counted from 0: linear warm-up, then linear decay to 0."""
+    if step < args.warmup_steps:
+        return args.learning_rate * ((step + 1) / args.warmup_steps)
+    decay = (num_steps - step) / (num_steps - args.warmup_steps)
+    return args.learning_rate * (decay if args.anneal_lr else 1.0)
 
+@lru_cache(maxsize=8)
+def shuffled(n, seed, epoch):
+    """0 to n - 1 in this epoch's order, a function of its arguments: no random state has to be saved."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + 1000 * epoch)).tolist()
 
-def make_logger(run, args):
-    """log(step, metrics, samples): metrics.jsonl, samples.jsonl, TensorBoard if installed, W&B if asked."""
-    sinks = []
-    with contextlib.suppress(ImportError):
-        from torch.utils.tensorboard import SummaryWriter
+def complete(model, tokenizer, prompts, eos_ids, args):
+    """(metrics, rows of samples.jsonl): a completion of each prompt at temperature 1, noise from --seed."""
+    room = getattr(model.config, "max_position_embeddings", 1 << 30) - args.max_new_tokens
+    prompts = [ids for ids in prompts if len(ids) <= room] or [min(prompts, key=len)[:1]]
+    batch = sample(model, prompts, args.max_new_tokens, eos_ids, seed=args.seed)
+    metrics = {"completions/mean_length": batch["mask"].sum(1).double().mean().item(),
+               "completions/eos_rate": ended(batch, eos_ids).double().mean().item()}
+    return metrics, sample_rows(tokenizer, prompts, batch)
 
-        writer = SummaryWriter(str(run))
-        sinks.append(lambda step, metrics: [writer.add_scalar(*item, step) for item in metrics.items()])
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs `pip install wandb`")
-        wandb.init(project=args.wandb_project_name, name=run.name, config=asdict(args))
-        sinks.append(lambda step, metrics: wandb.log(metrics, step=step))
+def sample_rows(tokenizer, prompts, batch, **columns):
+    """Rows of samples.jsonl: prompts and their responses in a batch as text, and further columns (B,)."""
+    texts = [tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, responses_of(batch))]
+    rows = zip(*texts, *(column.tolist() for column in columns.values()))
+    return [dict(zip(("prompt", "completion", *columns), row)) for row in rows]
 
-    def log(step, metrics, samples=()):
-        for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-            with open(run / name, "a") as file:
-                file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
-        for sink in sinks:
-            sink(step, metrics)
+class Run:
+    """Logs, checkpoint and finished model of a run, never overwritten. state: what to resume from, or {}."""
+    LOGS = "metrics.jsonl", "samples.jsonl"
+    FREE = "resume", "micro_batch_size", "save_every", "gradient_checkpointing", "track"  # on --resume
 
-    return log
+    def __init__(self, args):
+        self.args, self.began = args, time.time()
+        self.folder = Path(args.output_dir)
+        self.file = self.folder / "state" / "checkpoint.pt"
+        self.state = {}
+        self.stopped = 0  # or the number of the signal that ends the run
+        if (self.folder / "model").exists():
+            fail(f"--output-dir {self.folder} holds a finished run: choose another folder, or remove it")
+        if self.file.exists() and not args.resume:
+            fail(f"--output-dir {self.folder} holds an interrupted run: use --resume, or remove it")
+        if args.resume:
+            with blame(f"--resume: cannot read {self.file}"):
+                self.state = torch.load(self.file, map_location="cpu", weights_only=True)
+            for name, value in asdict(args).items():
+                before = self.state["args"].get(name)
+                if name not in self.FREE and value != before:
+                    fail(f"--resume: --{name.replace('_', '-')} is {value}, and was {before} before")
 
+    def start(self, num_steps, num_rows, **parts):
+        """Open the logs, load the checkpoint into parts, catch Ctrl-C, SIGTERM, and return the first step."""
+        self.num_steps, self.num_rows, self.parts = num_steps, num_rows, parts
+        if self.state:
+            if self.state["rows"] != num_rows:
+                fail(f"--resume: the data set has {num_rows} rows, and had {self.state['rows']} before")
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+        with blame(f"--output-dir {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in self.LOGS:
+                with open(self.folder / name, "a") as file:  # what is behind the checkpoint will come again
+                    file.truncate(self.state["sizes"][name] if self.state else 0)
+        if self.args.track:
+            with blame("--track needs `pip install wandb tensorboard`"):
+                import tensorboard  # noqa: F401
+                import wandb
+                wandb.init(name=self.folder.name, config=asdict(self.args), sync_tensorboard=True)
+        self.writer = None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(str(self.folder))
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.stop)
+        return self.state.get("step", 0)
 
-def save_checkpoint(run, args, **state):
-    """All that --resume needs, under a temporary name that is then renamed: a crash leaves the last whole."""
-    state["sizes"] = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
-    (run / "state").mkdir(exist_ok=True)
-    torch.save({**state, "args": asdict(args)}, run / "state" / "checkpoint.tmp")
-    os.replace(run / "state" / "checkpoint.tmp", run / "state" / "checkpoint.pt")
+    def stop(self, number, frame):
+        self.stopped = number  # after this step; a second signal ends the run at once
+        signal.signal(number, signal.SIG_DFL)
+
+    def log(self, step, metrics, samples=()):
+        """A line of metrics.jsonl, lines of samples.jsonl, and TensorBoard's events if it is installed."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                fail(f"step {step}: {name} is {value}: lower --learning-rate; the last checkpoint, if any, "
+                     f"is in {self.file.parent}")
+            if self.writer:
+                self.writer.add_scalar(name, value, step)
+        for name, rows in zip(self.LOGS, ([metrics], samples)):
+            with open(self.folder / name, "a") as file:
+                for row in rows:
+                    file.write(json.dumps({"step": step, **row}) + "\n")
+
+    def checkpoint(self, step, **numbers):
+        """Every --save-every steps, and after a signal, which ends the run: all that --resume needs."""
+        if self.stopped or (self.args.save_every and step % self.args.save_every == 0):
+            state = {"step": step, "rows": self.num_rows, "args": asdict(self.args), **numbers}
+            state["sizes"] = {name: (self.folder / name).stat().st_size for name in self.LOGS}
+            for name, part in self.parts.items():
+                state[name] = part.state_dict()
+            self.file.parent.mkdir(exist_ok=True)
+            temporary = self.file.with_suffix(".tmp")
+            torch.save(state, temporary)
+            os.replace(temporary, self.file)  # a crash leaves the last one whole
+        if self.stopped and step < self.num_steps:
+            tqdm.write(f"stopped after step {step} of {self.num_steps}: --resume continues")
+            raise SystemExit(128 + self.stopped)
+
+    def finish(self, model, tokenizer, **others):
+        """args.json, and folders that transformers, TRL and vLLM load; model/ last, the sign of the end."""
+        record = {**asdict(self.args), "torch": torch.__version__, "transformers": transformers.__version__,
+                  "device": str(model.device), "seconds": round(time.time() - self.began, 1)}
+        (self.folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+        for name, part in {**others, "model.tmp": model}.items():
+            part.save_pretrained(self.folder / name)
+            tokenizer.save_pretrained(self.folder / name)
+        os.replace(self.folder / "model.tmp", self.folder / "model")
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def show_change(self, after, samples=()):
+        """Print the first samples, and the metrics of an evaluation, beside those of the first evaluation."""
+        metrics, first = (read_rows(str(self.folder / name)) for name in self.LOGS)
+        for old, new in zip(first, samples[:5]):
+            print(f"{new['prompt'][-90:]!r}\n  before {old['completion'][:90]!r}\n"
+                  f"  after  {new['completion'][:90]!r}")
+        for name, value in after.items():
+            print(f"{name:28} {metrics[0].get(name, math.nan):10.4f} -> {value:10.4f}")
