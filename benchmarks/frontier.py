@@ -27,12 +27,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import transformers
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import exact_kl, fail, head_of, read_rows, sample  # noqa: E402
-from ppo import load_reward  # noqa: E402
+from common import (  # noqa: E402
+    _logits, head_of, load_model, load_reward, per_token, read_rows, responses_of, sample)
 
 
 @dataclass
@@ -73,45 +72,58 @@ def frontier_at(rewards: torch.Tensor, kl: float) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def kl_to(policy, reference, prompt: list[int], tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """KL(pi || pi_ref) along each completion of a prompt: the exact KL at each token, summed: (B,), nats."""
-    ids = torch.cat([torch.tensor([prompt]).expand(len(tokens), -1), tokens], dim=1)  # (B, P + R)
-    real = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, R)
-    hidden = [m.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, len(prompt) - 1 : -1]
-              for m in (policy, reference)]
-    kl = torch.zeros(real.shape)
-    kl[real] = exact_kl(hidden[0][real], head_of(policy), hidden[1][real], head_of(reference))
-    return kl.sum(1)
+def exact_kl(hidden, head: dict, ref_hidden, ref_head: dict, temperature=1.0, rows=512):
+    """KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v)) of each position, over the whole vocabulary: (N,),
+    nats, in fp32 whatever the weights are.
+
+    Args: hidden (N, H) and ref_hidden (N, H') with their heads from `head_of`; rows, how many at a time. No
+    gradient: a metric, or a test.
+    """
+    result = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for h, ref_h in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
+            logp = torch.log_softmax(_logits(h, **head, temperature=temperature), -1)  # (rows, V)
+            ref_logp = torch.log_softmax(_logits(ref_h, **ref_head, temperature=temperature), -1)
+            terms = logp.exp() * (logp - ref_logp)
+            result.append(terms.nan_to_num(0.0).sum(-1))  # a forbidden token, of probability 0, adds nothing
+    return torch.cat(result)
+
+
+def kl_to(policy, reference, batch: dict, size: int) -> torch.Tensor:
+    """KL(pi || pi_ref) along each response of a batch: the exact KL at each token, summed: (B,), nats."""
+
+    def exact(mb):
+        ids, source = mb["input_ids"], mb["mask"].roll(-1, dims=1)  # position t - 1 predicts token t
+        hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[source]  # (N, H)
+        ref_hidden = reference.base_model(input_ids=ids, use_cache=False).last_hidden_state[source]
+        kl = exact_kl(hidden, head_of(policy), ref_hidden, head_of(reference))  # (N,)
+        return torch.zeros_like(mb["logprobs"]).masked_scatter(mb["mask"], kl)  # (b, t)
+
+    return per_token(exact, batch, size).sum(1)
 
 
 def main(args: Args) -> dict:
     torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
+    device = torch.device("cpu")
+    options = SimpleNamespace(micro_batch_size=1000, seed=args.seed, gradient_checkpointing=False)
 
-    def load(folder):
-        if not Path(folder).is_dir():
-            fail(f"{folder}: no such folder; sft.py, dpo.py and ppo.py make runs/*/model")
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    reference, tokenizer = load(args.reference), transformers.AutoTokenizer.from_pretrained(args.reference)
+    reference, tokenizer, eos_ids = load_model(args.reference, options, device, "--reference")
     rows = read_rows(args.dataset)
     ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    options = SimpleNamespace(micro_batch_size=1000)
-    ends = reference.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    plain = (options, torch.device("cpu"), contextlib.nullcontext)
-    rewards = {spec: load_reward(spec, tokenizer, ends, *plain)[0] for spec in args.rewards}
+    rewards = {}
+    for spec in args.rewards:
+        rewards[spec], _ = load_reward(spec, tokenizer, eos_ids, options, device, contextlib.nullcontext)
 
     def draw(model, number, seed):
-        """({spec: rewards (prompts, number)}, tokens, lengths), prompt-major."""
+        """({spec: rewards (prompts, number)}, batch), prompt-major."""
         prompts = [row for row in ids for _ in range(number)]
-        tokens, _, lengths = sample(model, prompts, args.max_new_tokens, ends, seed=seed, batch_size=1000)
-        responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+        batch = sample(model, prompts, args.max_new_tokens, eos_ids, seed=seed, batch_size=1000)
+        responses = responses_of(batch)
         repeated = [row for row in rows for _ in range(number)]
         values = {spec: reward(repeated, prompts, responses) for spec, reward in rewards.items()}
-        return {spec: x.double().view(len(ids), number) for spec, x in values.items()}, tokens, lengths
+        return {spec: x.double().view(len(ids), number) for spec, x in values.items()}, batch
 
-    ref_rewards, *_ = draw(reference, args.reference_samples, args.seed)
+    ref_rewards, _ = draw(reference, args.reference_samples, args.seed)
     se = lambda x: (x.std() / math.sqrt(x.numel())).item()
     results = {spec: {"frontier": [], "policies": {}} for spec in args.rewards}
     for spec, result in results.items():
@@ -123,11 +135,10 @@ def main(args: Args) -> dict:
             result["frontier"].append([beta, *row])
             print(f"{beta:6.2f} {row[0]:7.3f} {row[1]:7.3f} {row[2]:11.0f}")
     for folder in args.policies:
-        policy = load(folder)
-        values, tokens, lengths = draw(policy, args.policy_samples, args.seed + 1)
-        groups = zip(ids, tokens.split(args.policy_samples), lengths.split(args.policy_samples))
-        kls = torch.cat([kl_to(policy, reference, *group) for group in groups])
-        kl, length = kls.mean().item(), lengths.double().mean().item()
+        policy, *_ = load_model(folder, options, device, "--policies")
+        values, batch = draw(policy, args.policy_samples, args.seed + 1)
+        kls = kl_to(policy, reference, batch, options.micro_batch_size)
+        kl, length = kls.mean().item(), batch["mask"].sum(1).double().mean().item()
         print(f"{folder}: KL {kl:.3f} +- {se(kls):.3f} nats, {length:.1f} tokens")
         for spec, result in results.items():
             mean, start = values[spec].mean().item(), result["reference_reward"]

@@ -35,7 +35,6 @@ import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, stdev
-from types import SimpleNamespace
 
 import torch
 import transformers
@@ -45,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "data")]
 import frontier  # noqa: E402
 import grpo  # noqa: E402
-from common import fail, read_rows  # noqa: E402
+from common import fail, pad, read_rows, sequence_logprobs  # noqa: E402
 from gold_reward import gold_reward  # noqa: E402
 from logprob import hardware, version  # noqa: E402
 
@@ -78,18 +77,14 @@ def step_times(stamps: list[tuple[float, float]]) -> dict:
 
 def run_ours(args: Args, form: str, seed: int, folder: str) -> dict:
     """wall_ms and cpu_ms of steps 6 to the last; reward, kl (nats a response) and length of every update."""
-    rows, stamps, make_logger = [], [], grpo.make_logger
+    rows, stamps, original = [], [], grpo.Run
 
-    def timed_logger(*options):
-        log = make_logger(*options)
-
-        def timed(step, metrics, samples=()):
-            log(step, metrics, samples)
+    class TimedRun(original):
+        def log(self, step, metrics, samples=()):
+            super().log(step, metrics, samples)
             if "reward" in metrics:
                 rows.append(metrics)
                 stamps.append(now())
-
-        return timed
 
     batch = args.prompts * args.generations
     flags = grpo.Args(
@@ -97,12 +92,12 @@ def run_ours(args: Args, form: str, seed: int, folder: str) -> dict:
         num_generations=args.generations, total_episodes=args.updates * batch,
         learning_rate=args.learning_rate, kl_coef=args.beta, kl_estimator=form, eval_every=0, save_every=0,
         max_new_tokens=args.max_new_tokens)  # else defaults: loss_type grpo, clip 0.2, gradient norm 1
-    grpo.make_logger = timed_logger
+    grpo.Run = TimedRun
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             grpo.main(flags)
     finally:
-        grpo.make_logger = make_logger
+        grpo.Run = original
     columns = {"reward": "reward", "kl": "kl", "length": "completions/mean_length"}
     return {**step_times(stamps), **{key: [row[name] for row in rows] for key, name in columns.items()}}
 
@@ -164,31 +159,32 @@ def differences(args: Args, form: str, batch: dict, rewards: torch.Tensor, train
     """What grpo.py makes of TRL's batch minus what TRL does: advantages, log-probs of the reference in nats
     and, relative to its norm, the gradient that TRL has left in its model.
     """
-    lists = lambda ids, mask: [row[m.bool()].tolist() for row, m in zip(ids, mask)]
-    mask = batch["completion_mask"].bool()
-    ours = {"prompts": lists(batch["prompt_ids"], batch["prompt_mask"]), "mask": mask,
-            "responses": lists(batch["completion_ids"], mask)}
-    score = lambda model: grpo.response_logprobs(
-        model, ours, range(len(mask)), SimpleNamespace(temperature=1.0), contextlib.nullcontext)[0]
+    rows, masks = [], []
+    columns = [batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
+    for prompt, prompt_mask, completion, completion_mask in zip(*columns):
+        prompt, completion = prompt[prompt_mask.bool()].tolist(), completion[completion_mask.bool()].tolist()
+        rows.append(prompt + completion)
+        masks.append([False] * len(prompt) + [True] * len(completion))
+    input_ids, mask = pad(rows, "cpu"), pad(masks, "cpu", False)  # (B, T) each
     with torch.no_grad():
-        ref = score(trainer.ref_model)
+        ref = sequence_logprobs(trainer.ref_model, input_ids, mask)
     advantages = grpo.group_advantages(rewards.view(-1, args.generations)).view(-1)
     parameters = list(trainer.model.parameters())
-    logprobs = score(trainer.model)
+    logprobs = sequence_logprobs(trainer.model, input_ids, mask)
     losses, _ = grpo.grpo_loss(logprobs, logprobs.detach(), ref, advantages, mask, args.beta, form)
     loss = (losses * grpo.token_weights(mask, "grpo", args.max_new_tokens)).sum()
     flat = lambda tensors: torch.cat([x.flatten() for x in tensors])
     got, want = flat(torch.autograd.grad(loss, parameters)), flat(p.grad for p in parameters)
     gap = lambda a, b: (a - b).abs().max().item()
     return {"advantages": gap(advantages, batch["advantages"]), "gradient_norm": want.norm().item(),
-            "ref_logprobs": gap(ref, torch.where(mask, batch["ref_per_token_logps"], 0.0)),
+            "ref_logprobs": gap(ref[mask], batch["ref_per_token_logps"][batch["completion_mask"].bool()]),
             "gradient": ((got - want).norm() / want.norm()).item()}
 
 
 def check_prompts(args: Args) -> None:
     """TRL takes prompts as tokenizer(prompt); see that grpo.py has the same ids for them and the same EOS."""
     flags = grpo.Args(model=args.model)
-    _, tokenizer, eos_ids = grpo.load_model(flags, torch.device("cpu"))
+    _, tokenizer, eos_ids = grpo.load_model(args.model, flags, torch.device("cpu"))
     rows = read_rows(args.dataset)
     ours = [ids for _, ids in grpo.load_prompts(tokenizer, rows, eos_ids, flags.max_prompt_length)]
     if ours != tokenizer([row["prompt"] for row in rows])["input_ids"] or eos_ids != [tokenizer.eos_token_id]:

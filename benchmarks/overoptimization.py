@@ -59,7 +59,7 @@ def main(args: Args) -> dict:
                 policies[str(name / "model")] = (beta, seed)
                 if not (name / "model").exists():
                     ppo.main(ppo.Args(
-                        reward=learned, kl_coef=beta, seed=seed, eval_every=0, output_dir=str(name)))
+                        reward=(learned,), kl_coef=beta, seed=seed, eval_every=0, output_dir=str(name)))
         measured = frontier.main(frontier.Args(policies=list(policies), rewards=[learned, gold]))
         accuracy = json.loads((run / "model" / "config.json").read_text())["held_out_accuracy"]
         learned, true = measured[learned]["policies"], measured[gold]["policies"]
