@@ -1,264 +1,308 @@
 """The bug zoo: plants known bugs of RLHF code bases into a copy of this one and shows which test kills each.
 
-    python tests/mutants.py [PART OF A NAME]      prints a line a mutant and exits 1 if one survives (about half an hour)
+    python tests/mutants.py                       all of them, a line each; exit code 1 if one survives
+    python tests/mutants.py --check               a second: is each entry well formed, its code still there?
+    python tests/mutants.py "ppo.py: .*KL"        those whose "file: name" holds this regular expression
+    python tests/mutants.py --jobs 2 --part 2/5   two at a time, every fifth from the second on
 
-A test that has never failed proves nothing. Each entry: what is wrong, the file, the code, the wrong code, the tests.
+A test that has never failed proves nothing. tests/mutants/ppo.txt holds the bugs of ppo.py, and so on:
+
+    # ---- Advantages ----
+
+    == GAE decays by lambda alone
+    by test_ppo::test_gae_is_the_double_sum
+    - gamma * gae_lambda * following
+    + gae_lambda * following
+
+The code behind "- " stands exactly once in the file: a part of a line, or several lines with their
+indentation. It is replaced by the code behind "+ ", or by nothing. "by" names what kills it: a test file, or
+better one test, which takes seconds; for several, there are several such lines. If they pass, their whole
+files are run before a bug counts as a survivor. A bug that keeps the tests from ending counts as killed, by
+hanging. At the end, all tests that killed are run without a bug: one that fails there too has killed nothing.
 """
 
+import argparse
+import contextlib
+import os
+import queue
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# fmt: off
-MUTANTS = [
-    ("log-probs off by one position", "common.py", "source = mask.roll(-1, dims=1)", "source = mask.roll(-2, dims=1)", "test_logprobs"),
-    ("logits rounded to bf16", "common.py", "    if bias is not None:\n        z += bias", "    z = z.bfloat16().to(z.dtype)\n    if bias is not None:\n        z += bias", "test_logprobs"),
-    ("temperature ignored in scoring", "common.py", "return z if temperature == 1.0 else z.div_(temperature)", "return z", "test_logprobs test_sampling"),
-    ("temperature missing in the gradient", "common.py", "slope = scale / temperature  #", "slope = scale  #", "test_logprobs"),
-    ("soft cap's slope missing", "common.py", "slope = (1 - tanh.square_()).mul_(slope)", "slope = slope", "test_logprobs"),
-    ("scale of the head ignored", "common.py", "    if scale != 1.0:\n        z *= scale", "", "test_logprobs"),
-    ("entropy's gradient without the entropy", "common.py", "(logp + entropies[s, None])", "logp", "test_logprobs"),
-    ("upstream gradient averaged, not per token", "common.py", "pull = g[s, None]", "pull = g.mean().expand_as(g)[s, None]", "test_logprobs"),
-    ("gradient of the head's weight of the last chunk only", "common.py", "d_weight.addmm_(d.T, hidden[s].to(dtype))", "d_weight.copy_(d.T @ hidden[s].to(dtype))", "test_logprobs"),
-    ("no check of the head", "common.py", "< 2e-3:", "< 2e9:", "test_logprobs"),
-    ("KL the wrong way round", "common.py", "d = logprobs - ref_logprobs", "d = ref_logprobs - logprobs", "test_statistics"),
-    ("k3 by exp(d) - 1", "common.py", "torch.expm1(-d) + d", "(torch.exp(-d) - 1) + d", "test_statistics"),
-    ("exact KL of ref from pi", "common.py", "(p.exp() * (p - q))", "(q.exp() * (q - p))", "test_statistics"),
-    ("mask by multiplication", "common.py", "return torch.where(mask, x, 0.0).sum()", "return (x * mask).sum()", "test_statistics"),
-    ("whitening lets padding in", "common.py", "    x = torch.where(mask, x, 0.0)\n    mean = masked_mean(x, mask)", "    mean = x.mean()", "test_statistics"),
-    ("sampling ignores the temperature", "common.py", "temperature=temperature or 1.0)", "temperature=1.0)", "test_sampling"),
-    ("left padding without position ids", "common.py", " position_ids=position,", "", "test_sampling"),
-    ("left padding without attention mask", "common.py", "attention_mask=mask, ", "", "test_sampling"),
-    ("top-k in the sampler", "common.py", "cdf = logp.double().exp()", "cdf = logp.where(logp >= logp.topk(5)[0][:, -1:], -1e9).double().exp()", "test_sampling"),
-    ("only the first EOS id stops", "common.py", "stop = noise.to(device), torch.tensor(eos_ids, device", "stop = noise.to(device), torch.tensor(eos_ids[:1], device", "test_sampling"),
-    ("every row has the same noise", "common.py", "noise[s, t, None]", "noise[:1, t, None]", "test_sampling"),
-    ("tokens beyond the end", "common.py", "tokens[s, t] = token.where(alive, 0)", "tokens[s, t] = token", "test_sampling"),
-    ("EOS is not appended", "common.py", "else piece + eos_ids[:1]", "else piece", "test_tokens"),
-    ("EOS is doubled", "common.py", "while not chat and piece and piece[-1] in eos_ids", "while False", "test_tokens"),
-    ("BOS twice in chats", "common.py", "if k == 0 and not chat:", "if k == 0:", "test_tokens"),
-    ("BOS missing", "common.py", "piece = bos + piece", "piece = piece", "test_tokens"),
-    ("a space before every part", "common.py", "piece[len(anchor) :] if piece[: len(anchor)] == anchor else bare(text)", "bare(text)", "test_tokens"),
-    ("EOS cut by truncation", "common.py", "ids, trained = [*ids, eos], [*trained, True]", "pass", "test_tokens"),
-    ("a conversation cut within a user's turn", "common.py", "if trained[i]), default=0)\n            if kept", "if any(trained[: i + 1])), default=0)\n            if kept", "test_tokens"),
-    ("prompt in the loss", "common.py", "[train and (i < end or not end)", "[(i < end or not end)", "test_tokens"),
-    ("the template's newline after EOS in the loss", "common.py", "[train and (i < end or not end)", "[train", "test_tokens"),
-    ("only the last assistant turn trained", "common.py", "(after[len(before) :], True, True)]", "(after[len(before) :], i == len(messages) - 1, True)]", "test_tokens"),
-    ("prompts on both sides of the split", "common.py", "held_out = set(list(dict.fromkeys(keys))[::20])", "keys = [str(i) for i in range(len(rows))]\n    held_out = set(keys[::20])", "test_tokens"),
-    ("mask from token values", "sft.py", "    return input_ids.to(device), trained.to(device)", "    return input_ids.to(device), (trained & (input_ids != 2)).to(device)", "test_tokens test_losses"),
-    ("loss averaged per micro-batch", "sft.py", "logprobs, 0.0).sum() / num_tokens", "logprobs, 0.0).sum() / trained.sum()", "test_losses"),
-    ("mean of sequence means", "sft.py", "-torch.where(trained, logprobs, 0.0).sum() / num_tokens", "-(torch.where(trained, logprobs, 0.0).sum(1) / trained.sum(1)).mean()", "test_losses"),
-    ("dropout left on", "sft.py", '"drop" in key and value', '"nothing" in key and value', "test_tokens"),
-    ("weights stay in the checkpoint's dtype", "sft.py", "name, config=config, dtype=torch.float32,", 'name, config=config, dtype="auto",', "test_tokens"),
-    ("chosen and rejected swapped", "dpo.py", "h = chosen_rewards - rejected_rewards", "h = rejected_rewards - chosen_rewards", "test_losses"),
-    ("no reference", "dpo.py", "rejected_rewards = beta * (rejected_logps - ref_rejected_logps)", "rejected_rewards = beta * rejected_logps", "test_losses"),
-    ("beta twice", "dpo.py", "F.logsigmoid(h) - (1 - p)", "F.logsigmoid(beta * h) - (1 - p)", "test_losses"),
-    ("log of a sigmoid", "dpo.py", "-p * F.logsigmoid(h)", "-p * torch.log(torch.sigmoid(h))", "test_losses"),
-    ("label smoothing ignored", "dpo.py", "p = mu * (1 - label_smoothing) + (1 - mu) * label_smoothing", "p = mu", "test_losses"),
-    ("ties ignored", "dpo.py", "p = mu * (1 - label_smoothing)", "mu = torch.ones_like(mu)\n    p = mu * (1 - label_smoothing)", "test_losses"),
-    ("IPO's target 1 / beta", "dpo.py", "1 / (2 * beta)", "1 / beta", "test_losses"),
-    ("IPO on rewards, not log-ratios", "dpo.py", "margin, target = h / beta", "margin, target = h", "test_losses"),
-    ("halves of the batch interleaved", "dpo.py", "rows = [chosen for chosen, *_ in pairs] + [rejected for _, rejected, _ in pairs]", "rows = [side for pair in pairs for side in pair[:2]]", "test_losses"),
-    ("accuracy counts ties at the margin as errors", "dpo.py", "0.5 + (mu - 0.5) * margins.round(decimals=4).sign()", "torch.where(margins > 0, mu, 1 - mu)", "test_losses"),
-    ("log-probs averaged over the completion", "dpo.py", "sequence_logprobs(model, input_ids, trained).sum(1).chunk(2)", "(sequence_logprobs(model, input_ids, trained).sum(1) / trained.sum(1)).chunk(2)", "test_losses"),
-    ("the implicit prompt at a character", "common.py", "n = chosen.rfind(marker, 0, n) + len(marker) if marker in chosen[:n] else 0", "n = n", "test_tokens"),
-    ("the last rows of an epoch dropped", "sft.py", "math.ceil(len(train) / args.batch_size)", "len(train) // args.batch_size", "test_contract"),
-    ("a first update with learning rate 0", "sft.py", "(step + 1) / max(args.warmup_steps, 1)", "step / max(args.warmup_steps, 1)", "test_contract"),
-    ("order drawn from the global state", "sft.py", "generator=torch.Generator().manual_seed(args.seed + 1000 * epoch)", "generator=None", "test_contract"),
-    ("resume forgets the optimizer", "sft.py", 'optimizer.load_state_dict(state["optimizer"])', "pass", "test_contract"),
-    ("resume logs twice", "common.py", "os.truncate(run / name, size)", "pass", "test_contract"),
-    ("values read one position late", "ppo.py", "token_values(critic, input_ids).roll(1, dims=1)", "token_values(critic, input_ids)", "test_ppo"),
-    ("score one position late", "ppo.py", "last = mask.sum(1, keepdim=True) - 1", "last = mask.sum(1, keepdim=True).clamp(max=mask.shape[1] - 1)", "test_ppo"),
-    ("score at the batch's last position", "ppo.py", "last = mask.sum(1, keepdim=True) - 1", "last = torch.full_like(mask.sum(1, keepdim=True), mask.shape[1] - 1)", "test_ppo"),
-    ("next value from the padding", "ppo.py", "rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)", "rewards = torch.where(mask, rewards, 0.0)", "test_ppo"),
-    ("GAE decays by lambda alone", "ppo.py", "gamma * gae_lambda * following", "gae_lambda * following", "test_ppo"),
-    ("advantages as returns", "ppo.py", "return advantages, advantages + values", "return advantages, advantages", "test_ppo"),
-    ("min for max in the policy loss", "ppo.py", "return torch.max(-advantages * ratio,", "return torch.min(-advantages * ratio,", "test_ppo"),
-    ("ratio masked behind exp", "ppo.py", "torch.where(mask, logprobs - old_logprobs, 0.0).exp()", "torch.where(mask, (logprobs - old_logprobs).exp(), 1.0)", "test_ppo"),
-    ("ratio clipped on one side", "ppo.py", "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(max=1 + clip_coef)", "test_ppo"),
-    ("min for max in the value loss", "ppo.py", "torch.max(losses, clipped) / 2", "torch.min(losses, clipped) / 2", "test_ppo"),
-    ("values clipped around recomputed ones", "ppo.py", "value_loss(values, old_values[index], returns[index], m,", "value_loss(values, values.detach(), returns[index], m,", "test_ppo"),
-    ("rounding counted as clipping of values", "ppo.py", "(values.clamp(old_values - eps, old_values + eps) - returns)", "(old_values + (values - old_values).clamp(-eps, eps) - returns)", "test_ppo"),
-    ("old log-probs recomputed", "ppo.py", "ppo_loss(logprobs, old, advantage, m, args.clip_coef)", "ppo_loss(logprobs, logprobs.detach(), advantage, m, args.clip_coef)", "test_ppo"),
-    ("KL penalty as a bonus", "ppo.py", '-kl_coef * kl_estimate(logprobs, ref_logprobs, "k1")', 'kl_coef * kl_estimate(logprobs, ref_logprobs, "k1")', "test_ppo"),
-    ("k3 in the reward", "ppo.py", '-kl_coef * kl_estimate(logprobs, ref_logprobs, "k1")', '-kl_coef * kl_estimate(logprobs, ref_logprobs, "k3")', "test_ppo"),
-    ("returns from whitened advantages", "ppo.py", "            advantages = masked_whiten(advantages, mask)", "            advantages = masked_whiten(advantages, mask)\n            returns = advantages + old_values", "test_ppo"),
-    ("advantages whitened per micro-batch", "ppo.py", "old_logprobs[index], advantages[index]", "old_logprobs[index], masked_whiten(advantages[index], mask[index])", "test_ppo"),
-    ("advantages of other rows", "ppo.py", "old_logprobs[index], advantages[index]", "old_logprobs[index], advantages[index.sort()[0]]", "test_ppo"),
-    ("critic sees no prompt", "ppo.py", "input_ids, mask = collate(prompts, responses, critic.device)", "input_ids, mask = collate([x[-1:] for x in prompts], responses, critic.device)", "test_ppo"),
-    ("temperature missing in the reference", "ppo.py", "response_logprobs(reference, batch, index, args, autocast)[0]", "response_logprobs(reference, batch, index, Args(), autocast)[0]", "test_ppo"),
-    ("temperature missing in training", "ppo.py", "sequence_logprobs(model, input_ids, mask, temperature=args.temperature, entropy=entropy)", "sequence_logprobs(model, input_ids, mask, entropy=entropy)", "test_ppo"),
-    ("EOS is no action", "ppo.py", "mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]\n    responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]\n", "responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]\n    lengths = torch.tensor([len(row) - (row[-1] in eos_ids and len(row) > 1) for row in responses])\n    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]\n", "test_ppo"),
-    ("responses masked by token values", "ppo.py", "mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]", "mask = tokens != 0", "test_ppo"),
-    ("missing-EOS penalty added", "ppo.py", "- args.missing_eos_penalty * ~finished", "+ args.missing_eos_penalty * ~finished", "test_ppo"),
-    ("finished by the first EOS id alone", "ppo.py", "row[-1] in eos_ids for row in responses", "row[-1] == eos_ids[0] for row in responses", "test_ppo"),
-    ("finished if shorter than the longest", "ppo.py", "row[-1] in eos_ids for row in responses", "len(row) < tokens.shape[1] for row in responses", "test_ppo"),
-    ("policy loss averaged per micro-batch", "ppo.py", "args.clip_coef)\n                    (losses.sum() / tokens).backward()", "args.clip_coef)\n                    (losses.sum() / m.sum()).backward()", "test_ppo"),
-    ("entropy of the sampled token", "ppo.py", '"policy/entropy": entropy,', '"policy/entropy": -logprobs,', "test_ppo"),
-    ("clip fraction without the advantage's sign", "ppo.py", "losses > -advantage * ratio", "(ratio - 1).abs() > args.clip_coef", "test_ppo"),
-    ("adaptive KL controller unclipped", "ppo.py", "min(max(kl / target_kl - 1, -0.2), 0.2)", "(kl / target_kl - 1)", "test_ppo"),
-    ("KL controller fed the KL a token", "ppo.py", 'adapted_kl_coef(kl_coef, metrics["objective/kl"],', 'adapted_kl_coef(kl_coef, metrics["objective/kl"] / metrics["completions/mean_length"],', "test_ppo"),
-    ("critic's head at random", "ppo.py", "torch.nn.init.zeros_(head.weight)", "torch.nn.init.normal_(head.weight, std=0.02)", "test_ppo"),
-    ("score of the token before the EOS", "ppo.py", "token_values(model, input_ids)[mask] - shift", "token_values(model, input_ids)[mask.roll(-1, 1)] - shift", "test_ppo"),
-    ("score not centred", "ppo.py", "token_values(model, input_ids)[mask] - shift", "token_values(model, input_ids)[mask]", "test_ppo"),
-    ("a second EOS is scored", "ppo.py", "(y[:-1] if y[-1] in eos_ids else y)", "y", "test_ppo"),
-    ("dropout left on in the critic", "ppo.py", 'config = copy.deepcopy(source.config)\n    config.update({key: 0.0 for key, value in vars(config).items() if "drop" in key and value})', "config = copy.deepcopy(source.config)", "test_ppo"),
-    ("prompt takes the completion's first token", "ppo.py", "ids[: trained.index(True)]", "ids[: trained.index(True) + 1]", "test_ppo"),
-    ("reference is the policy", "ppo.py", "reference = copy.deepcopy(policy).eval().requires_grad_(False)", "reference = policy", "test_ppo"),
-    ("an empty prompt is made up", "ppo.py", '"completion": "" if isinstance', '"completion": "." if isinstance', "test_ppo"),
-    ("rewards swapped", "reward_model.py", "margins = first_rewards - second_rewards", "margins = second_rewards - first_rewards", "test_reward"),
-    ("log of a sigmoid in the reward loss", "reward_model.py", "return -mu * F.logsigmoid(margins)", "return -mu * torch.log(torch.sigmoid(margins))", "test_reward"),
-    ("soft labels ignored in the reward loss", "reward_model.py", "return -mu * F.logsigmoid(margins) - (1 - mu) * F.logsigmoid(-margins)", "return -F.logsigmoid(margins)", "test_reward"),
-    ("Plackett-Luce: the tied are left all at once", "reward_model.py", "for size in range(1, len(tied) + 1):", "for size in range(len(tied), len(tied) + 1):", "test_reward"),
-    ("Plackett-Luce: worst first", "reward_model.py", "if other > place]", "if other < place]", "test_reward"),
-    ("Plackett-Luce for pairs, without their votes", "reward_model.py", "if len(own) > 2 else loss", "if own.dim() else loss", "test_reward"),
-    ("confidence below a half", "reward_model.py", "confidence, votes = torch.sigmoid(margins.abs())", "confidence, votes = torch.sigmoid(margins)", "test_reward"),
-    ("calibration error not weighted", "reward_model.py", "sum(n * abs(expected - seen) for n, expected, seen in table) / len(margins)", "sum(abs(expected - seen) for n, expected, seen in table) / len(table)", "test_reward"),
-    ("a tie counts as a win", "reward_model.py", 'row["mu"] if ranking[i] < ranking[j] else 0.5', 'row["mu"]', "test_reward"),
-    ("votes of a pair ignored", "reward_model.py", 'row["mu"] if ranking', "1.0 if ranking", "test_reward"),
-    ("rankings read worst first", "reward_model.py", "key=ranking.__getitem__)", "key=lambda i: -ranking[i])", "test_reward"),
-    ("score read before the EOS", "reward_model.py", "last = torch.tensor([len(ids) - 1 for ids in rows])", "last = torch.tensor([len(ids) - 2 for ids in rows])", "test_reward"),
-    ("score read at the first EOS", "reward_model.py", "last = torch.tensor([len(ids) - 1 for ids in rows])", "last = torch.tensor([ids.index(rows[0][-1]) for ids in rows])", "test_reward"),
-    ("score read at the end of the padding", "reward_model.py", "last = torch.tensor([len(ids) - 1 for ids in rows])", "last = torch.tensor([T - 1 for ids in rows])", "test_reward"),
-    ("comparisons of three mixed up", "reward_model.py", "start += len(completions)", "start += 2", "test_reward"),
-    ("a ranking of four weighs six pairs", "reward_model.py", ".index_add(0, owner, x) / owner.bincount()", ".index_add(0, owner, x)", "test_reward"),
-    ("reward loss averaged per micro-batch", "reward_model.py", "(losses.sum() / len(batch)).backward()", "losses.mean().backward()", "test_reward"),
-    ("rounding noise is a preference", "reward_model.py", "margins = (chosen - rejected).round(decimals=5)", "margins = chosen - rejected", "test_reward"),
-    ("a standard error called a 95 % interval", "reward_model.py", "= 1.96 * deviation", "= deviation", "test_reward"),
-    ("ceiling of the chosen side only", "reward_model.py", "max(p, 1 - p)", "p", "test_reward"),
-    ("dropout left on in the reward model", "reward_model.py", '"drop" in key and value', '"nothing" in key and value', "test_reward"),
-    ("two labels", "reward_model.py", "from_pretrained(name, num_labels=1)", "from_pretrained(name, num_labels=2)", "test_reward"),
-    ("a trained head replaced", "reward_model.py", "    if missing:\n        torch.nn.init", "    if info:\n        torch.nn.init", "test_reward"),
-    ("new head not seeded", "reward_model.py", "    torch.manual_seed(args.seed)\n", "", "test_reward"),
-    ("a random head scores", "reward_model.py", " or (missing and args.score)", "", "test_reward"),
-    ("pad token that is an EOS kept", "reward_model.py", "if tokenizer.pad_token_id is None or tokenizer.pad_token_id in eos_ids:", "if tokenizer.pad_token_id is None:", "test_reward"),
-    ("settings put into a config that the model does not have", "reward_model.py", "model.config.update({", "config.update({", "test_reward"),
-    ("pipelines squash the score", "reward_model.py", 'model.config.problem_type = "regression"', 'config.problem_type = "regression"', "test_reward"),
-    ("--score forgets the mean", "reward_model.py", '"reward": score - mean}', '"reward": score}', "test_reward"),
-    ("a value off by one position", "common.py", "return head(hidden.to(head.weight.dtype)).squeeze(-1)", "return head(hidden.to(head.weight.dtype)).squeeze(-1).roll(1, dims=1)", "test_reward"),
-    ("no check of the evaluation", "ppo.py", 'if not math.isfinite(after["eval/objective/rlhf_reward"]):', "if False:", "test_contract"),
-    ("NaN rewards pass", "ppo.py", "if not all(score is None or abs(score) < 1e30 for score in scores):", "if False:", "test_contract"),
-    ("number of rewards unchecked", "ppo.py", "if len(scores) != len(rows):", "if False:", "test_contract"),
-    ("a random reward head", "ppo.py", 'if info["missing_keys"] or model.config', "if model.config", "test_contract"),
-    ("long prompts dropped in silence", "ppo.py", "if len(kept) < len(prompts):", "if False:", "test_contract"),
-    ("uneven episodes unchecked", "ppo.py", "if args.total_episodes % episodes:", "if False:", "test_contract"),
-    ("pickled reward models", "ppo.py", "spec, dtype=torch.float32, use_safetensors=True, output", "spec, dtype=torch.float32, output", "test_contract"),
-    ("critic trains with the policy's gradients left", "ppo.py", "optimizer.zero_grad(set_to_none=True)", "policy.zero_grad()", "test_contract"),
-    ("a start without layers (reward model)", "reward_model.py", 'missing - {"score.weight"}', "False", "test_contract"),
-    ("rankings of floats (reward model)", "reward_model.py", "[type(r) for r in ranking] != [int] * len(texts)", "len(ranking) != len(texts)", "test_contract"),
-    ("no check of the loss (reward model)", "reward_model.py", 'if not math.isfinite(metrics["loss"] + grad_norm):', "if False:", "test_contract"),
-    ("warm-up from 0 (reward model)", "reward_model.py", "(step + 1) / max(args.warmup_steps, 1)", "step / max(args.warmup_steps, 1)", "test_contract"),
-    ("no check of gradients and weights", "ppo.py", "if not math.isfinite(sum(norms.values()) + sum(sizes)):", "if False:", "test_contract"),
-    ("reward model unchecked", "ppo.py", '(("--model", policy), (f"--reward {args.reward}", reward_model))', '(("--model", policy),)', "test_contract"),
-    ("a ranking by default (reward model)", "reward_model.py", 'row["completions"], row.get("ranking")', 'row["completions"], row.setdefault("ranking", [1, 2])', "test_contract"),
-    ("KL estimate of the swapped pair (GRPO)", "grpo.py", "kl_estimate(logprobs, ref, kl_estimator)", "kl_estimate(ref, logprobs, kl_estimator)", "test_grpo"),
-    ("KL as a bonus in the loss (GRPO)", "grpo.py", "losses = losses + kl_coef *", "losses = losses - kl_coef *", "test_grpo"),
-    ("KL as a bonus in the reward (GRPO)", "grpo.py", "groups - args.kl_coef * kl.sum(1)", "groups + args.kl_coef * kl.sum(1)", "test_grpo"),
-    ("KL in the reward without beta (GRPO)", "grpo.py", "groups - args.kl_coef * kl.sum(1)", "groups - kl.sum(1)", "test_grpo"),
-    ("KL in the reward a token (GRPO)", "grpo.py", "groups - args.kl_coef * kl.sum(1)", "groups - args.kl_coef * (kl.sum(1) / mask.sum(1))", "test_grpo"),
-    ("KL in the reward and in the loss (GRPO)", "grpo.py", 'args.kl_coef if args.kl_in == "loss" else 0.0, kl', "args.kl_coef, kl", "test_grpo"),
-    ("k3 in the reward by default (GRPO)", "grpo.py", 'kl_estimator = "k3" if args.kl_in == "loss" else "k1"', 'kl_estimator = "k3"', "test_grpo"),
-    ("groups across prompts (GRPO)", "grpo.py", "groups = batch[\"rewards\"].view(-1, G)", "groups = batch[\"rewards\"].view(G, -1).T", "test_grpo"),
-    ("a group's samples not adjacent (GRPO)", "grpo.py", "for k in numbers for _ in range(G)]", "for _ in range(G) for k in numbers]", "test_grpo"),
-    ("other groups dropped (GRPO)", "grpo.py", "empty.repeat_interleave(G)", "empty.repeat(G)", "test_grpo"),
-    ("std of the population (GRPO)", "grpo.py", "rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)", "test_grpo"),
-    ("nothing behind the std (GRPO)", "grpo.py", "(std + 1e-4)", "(std + 1e-8)", "test_grpo"),
-    ("equal rewards' rounding as advantage (GRPO)", "grpo.py", "return torch.where(zero_std(rewards)[:, None], 0.0, advantages)", "return advantages", "test_grpo"),
-    ("std of group and batch swapped (GRPO)", "grpo.py", 'if scale_rewards == "group" else rewards.std()', 'if scale_rewards == "batch" else rewards.std()', "test_grpo"),
-    ("scaled when not asked (GRPO)", "grpo.py", 'if scale_rewards != "none":', "if scale_rewards:", "test_grpo"),
-    ("leave-one-out factor inverted (GRPO)", "grpo.py", "advantages * G / (G - 1)", "advantages * (G - 1) / G", "test_grpo"),
-    ("max for min in the loss (GRPO)", "grpo.py", "-torch.min(free, clipped)", "-torch.max(free, clipped)", "test_grpo"),
-    ("one clip for both sides (GRPO)", "grpo.py", "ratio.clamp(1 - clip_coef, 1 + clip_coef_high)", "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "test_grpo"),
-    ("ratio clipped from above alone (GRPO)", "grpo.py", "ratio.clamp(1 - clip_coef, 1 + clip_coef_high)", "ratio.clamp(max=1 + clip_coef_high)", "test_grpo"),
-    ("clip fraction without the advantage's sign (GRPO)", "grpo.py", "mask & (clipped < free)", "mask & (clipped != free)", "test_grpo"),
-    ("padding multiplied away (GRPO)", "grpo.py", "(torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, ref_logprobs))", "(x * mask for x in (logprobs, old_logprobs, ref_logprobs))", "test_grpo"),
-    ("padding in the sequence's ratio (GRPO)", "grpo.py", "logprobs, old, ref = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, ref_logprobs))", "old, ref = old_logprobs, ref_logprobs", "test_grpo"),
-    ("sequence's ratio a mean over the padded width (GRPO)", "grpo.py", "(x.sum(1, keepdim=True) for x in (logprobs, old, ref))", "(x.mean(1, keepdim=True) for x in (logprobs, old, ref))", "test_grpo"),
-    ("losses of the padding (GRPO)", "grpo.py", "return torch.where(mask, losses, 0.0), mask", "return losses.expand(mask.shape), mask", "test_grpo"),
-    ("Dr. GRPO by the longest response (GRPO)", "grpo.py", '"dr_grpo": len(mask) * max_new_tokens', '"dr_grpo": len(mask) * mask.shape[1]', "test_grpo"),
-    ("mean over responses and over tokens swapped (GRPO)", "grpo.py", '"grpo": len(mask) * lengths, "dapo": lengths.sum()', '"grpo": lengths.sum(), "dapo": len(mask) * lengths', "test_grpo"),
-    ("denominators of the micro-batch (GRPO)", "grpo.py", "(losses * w).sum().backward()", "(losses * token_weights(m, args.loss_type, args.max_new_tokens)).sum().backward()", "test_grpo"),
-    ("dropped groups stay in the denominators (GRPO)", "grpo.py", "weights = token_weights(mask[minibatch], args.loss_type, args.max_new_tokens)", "weights = token_weights(mask[minibatch], args.loss_type, args.max_new_tokens) * len(kept) / episodes", "test_grpo"),
-    ("nothing is dropped (GRPO)", "grpo.py", "if args.drop_zero_std:", "if False:", "test_grpo"),
-    ("old log-probs recomputed (GRPO)", "grpo.py", "logprobs, old, ref_logprobs[index], advantages[index], m,", "logprobs, logprobs.detach(), ref_logprobs[index], advantages[index], m,", "test_grpo"),
-    ("advantages of other rows (GRPO)", "grpo.py", "ref_logprobs[index], advantages[index], m,", "ref_logprobs[index], advantages[index.sort()[0]], m,", "test_grpo"),
-    ("penalty after the statistics (GRPO)", "grpo.py", "advantages = group_advantages(groups, args.baseline, args.scale_rewards).view(-1)", 'late = args.missing_eos_penalty * torch.tensor([y[-1] not in eos_ids for y in batch["responses"]])\n        advantages = group_advantages((rewards + late).view(-1, G), args.baseline, args.scale_rewards).view(-1) - late', "test_grpo"),
-    ("missing-EOS penalty added (GRPO)", "grpo.py", "- args.missing_eos_penalty * ~finished", "+ args.missing_eos_penalty * ~finished", "test_grpo"),
-    ("finished by the first EOS id alone (GRPO)", "grpo.py", "row[-1] in eos_ids for row in responses", "row[-1] == eos_ids[0] for row in responses", "test_grpo"),
-    ("responses masked by token values (GRPO)", "grpo.py", "mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]", "mask = tokens != 0", "test_grpo"),
-    ("temperature missing in the reference (GRPO)", "grpo.py", "response_logprobs(reference, batch, index, args, autocast)[0]", "response_logprobs(reference, batch, index, Args(), autocast)[0]", "test_grpo"),
-    ("temperature missing in training (GRPO)", "grpo.py", "sequence_logprobs(model, input_ids, mask, temperature=args.temperature, entropy=entropy)", "sequence_logprobs(model, input_ids, mask, entropy=entropy)", "test_grpo"),
-    ("reference is the policy (GRPO)", "grpo.py", "reference = copy.deepcopy(policy).eval().requires_grad_(False)", "reference = policy", "test_grpo"),
-    ("a None is NaN in the sum (GRPO)", "grpo.py", ".nansum(0)", ".sum(0)", "test_grpo"),
-    ("reward weights ignored (GRPO)", "grpo.py", '(weights[:, None] * batch["scores"])', 'batch["scores"]', "test_grpo"),
-    ("every epoch in the same order (GRPO)", "grpo.py", "generator(update * args.update_epochs + epoch)", "generator(update)", "test_grpo"),
-    ("an update's second pass in the first's order (GRPO)", "grpo.py", "orders[k // len(prompts)][k", "orders[min(epochs)][k", "test_grpo"),
-    ("entropy of the sampled token (GRPO)", "grpo.py", '"entropy": entropy,', '"entropy": -logprobs,', "test_grpo"),
-    ("loss a token (GRPO)", "grpo.py", '(len(norms) if name == "loss" else trained, 1)', "(trained, 1)", "test_grpo"),
-    ("metrics of the last micro-batch (GRPO)", "grpo.py", "sums[name] += torch", "sums[name] = torch", "test_grpo"),
-    ("pass@n if all pass (GRPO)", "grpo.py", "(scores == 1).any(1)", "(scores == 1).all(1)", "test_grpo"),
-    ("pass@1 of the penalized sum (GRPO)", "grpo.py", 'scores = batch["scores"][0].view(-1, n)', 'scores = batch["rewards"].view(-1, n)', "test_grpo"),
-    ("evaluation's samples of a prompt apart (GRPO)", "grpo.py", "for row in held_out[: args.eval_samples] for _ in range(n)]", "for _ in range(n) for row in held_out[: args.eval_samples]]", "test_grpo"),
-    ("the second label without its strength (bandit)", "bandit_bt.py", "(1 - mu) * F.logsigmoid(-margin)", "(mu < 1) * F.logsigmoid(-margin)", "test_bandit"),
-    ("a mean over rows, not votes (bandit)", "bandit_bt.py", "F.logsigmoid(-margin))).sum() / count.sum()", "F.logsigmoid(-margin))).sum() / len(mu)", "test_bandit"),
-    ("rankings from the worst on (bandit)", "bandit_bt.py", "scores.flip(1).logcumsumexp(1).flip(1)", "scores.logcumsumexp(1)", "test_bandit"),
-    ("only losers without a win are noticed (bandit)", "bandit_bt.py", "best = ~below if not below.all() else above", "best = ~below if not below.all() else below", "test_bandit"),
-    ("a swapped vote keeps its label (bandit)", "bandit_bt.py", "else (b, a, 1 - mu, count)]", "else (b, a, mu, count)]", "test_bandit"),
-    ("a tie is a win (bandit)", "bandit_bt.py", "known.get(outcome, 0.5)", "known.get(outcome, 1)", "test_bandit"),
-    ("half the prior (bandit)", "bandit_bt.py", "K) - l2 * r  #", "K) - l2 / 2 * r  #", "test_bandit"),
-    ("no prior in the information (bandit)", "bandit_bt.py", "copy_(l2 - H.sum(1))", "copy_(-H.sum(1))", "test_bandit"),
-    ("errors of the null direction (bandit)", "bandit_bt.py", ".diagonal() - along).sqrt()", ".diagonal()).sqrt()", "test_bandit"),
-    ("undamped Newton (bandit)", "bandit_bt.py", "r = r + step * torch.log1p(d) / d", "r = r + step", "test_bandit"),
-    ("a stale Hessian that diverges (bandit)", "bandit_bt.py", "if solve is None or size > before / 4:", "if solve is None:", "test_bandit"),
-    ("conjugate gradients without the ridge (bandit)", "bandit_bt.py", "+ ridge * direction", "", "test_bandit"),
-    ("bootstrap without replacement (bandit)", "bandit_bt.py", "torch.randint(total, (total,), generator=generator)", "torch.randperm(total, generator=generator)", "test_bandit"),
-    ("replicates that stop early (bandit)", "bandit_bt.py", "r, solve, 1e-8)", "r, solve, 1e-3)", "test_bandit"),
-    ("intervals of 68 % (bandit)", "bandit_bt.py", "[0.025, 0.975]", "[0.16, 0.84]", "test_bandit"),
-    ("the order for the ranks (bandit)", "bandit_bt.py", "argsort(1, descending=True).argsort(1)", "argsort(1, descending=True)", "test_bandit"),
-    ("Borda counts the arm itself (bandit)", "bandit_bt.py", "torch.where(off, P, 0.0).sum(1)", "P.sum(1)", "test_bandit"),
-    ("Copeland counts ties (bandit)", "bandit_bt.py", "((P > 0.5) & off)", "((P >= 0.5) & off)", "test_bandit"),
-    ("edges without their first state (bandit)", "bandit_bt.py", "path[t : t + 2] == x + y for", "path[t + 1] == y for", "test_bandit"),
-    ("no look ahead (bandit)", "bandit_bt.py", "float(reward) + value[y]", "float(reward)", "test_bandit"),
-    ("r times beta (bandit)", "bandit_bt.py", "log_ref + r / beta", "log_ref + r * beta", "test_bandit"),
-    ("the other KL (bandit)", "bandit_bt.py", "(logp.exp() * (logp - logq))", "(logq.exp() * (logq - logp))", "test_bandit"),
-    ("max of clipped and unclipped (bandit)", "bandit_bt.py", "torch.min(ratio * A,", "torch.max(ratio * A,", "test_bandit"),
-    ("the penalty of pi, not pi_old (bandit)", "bandit_bt.py", "reward = r - beta * (old - log_ref)", "reward = r - beta * (logp - log_ref)", "test_bandit"),
-    ("deviation of arms, not of draws (bandit)", "bandit_bt.py", "(p * A.square()).sum().sqrt()", "A.square().mean().sqrt()", "test_bandit"),
-    ("0 / 0 at equal rewards (bandit)", "bandit_bt.py", "(p * A.square()).sum().sqrt().clamp(min=1e-12)", "(p * A.square()).sum().sqrt()", "test_bandit"),
-    ("DPO without pi_ref (bandit)", "bandit_bt.py", "beta * (torch.log_softmax(x, 0) - log_ref), i, j, mu, ones)", "beta * torch.log_softmax(x, 0), i, j, mu, ones)", "test_bandit"),
-    ("pi_old never renewed (bandit)", "bandit_bt.py", "if step % epochs == 0:", "if step == 0:", "test_bandit"),
-    ("one voter, no ties (bandit)", "bandit_bt.py", "torch.rand(N, 2, generator=generator)", "torch.rand(N, 1, generator=generator)", "test_bandit"),
-    ("mu may be true (bandit)", "bandit_bt.py", "type(mu) not in (int, float) or", "not isinstance(mu, (int, float)) or", "test_bandit"),
-    ("names that are numbers (bandit)", "bandit_bt.py", "named = {str(sides[0]): 1, str(sides[1]): 0}", "named = {sides[0]: 1, sides[1]: 0}", "test_bandit"),
-    ("a finished run overwritten (bandit)", "bandit_bt.py", "if (run / \"leaderboard.json\").exists():", "if False:", "test_bandit"),
-    ("no check for an optimum (bandit)", "bandit_bt.py", "if args.l2 == 0 and (reason", "if args.l2 < 0 and (reason", "test_bandit"),
-]
-# fmt: on
+ENTRIES = Path("tests", "mutants")
+NOT_COPIED = ("runs", ".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache")
+PASSED_OR_NOT_FOUND = (0, 4, 5)  # exit codes of pytest
+# One thread a child. No compiled files: Python takes one for fresh if size and second of the change agree.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def main() -> int:
-    survivors, wanted = 0, sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [mutant for mutant in MUTANTS if wanted in mutant[0]]
-    for what, file, code, wrong, tests in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "copy"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("runs", ".git", "__pycache__", ".venv"))
-            source = (copy / file).read_text()
-            if code not in source:
-                print(f"STALE     {what}: {file} no longer holds {code!r}")
-                survivors += 1
-                continue
-            (copy / file).write_text(source.replace(code, wrong))
-            names = [f"tests/{name}.py" for name in tests.split()]
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *names]
-            result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-            killer = next((line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-            survivors += not killer
-            print(f"{'killed   ' if killer else 'SURVIVED '} {what}: {killer[:100] or tests}", flush=True)
-    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
-    return 1 if survivors else 0
+@dataclass
+class Mutant:
+    where: str  # file and line of its entry
+    file: str
+    name: str
+    lines: dict = field(default_factory=lambda: {"by": [], "-": [], "+": []})
+
+    @property
+    def title(self) -> str:
+        return f"{self.file}: {self.name}"
+
+    @property
+    def old(self) -> str:
+        return "\n".join(self.lines["-"])
+
+    @property
+    def new(self) -> str:
+        return "\n".join(self.lines["+"])
+
+
+@dataclass
+class Result:
+    mutant: Mutant
+    verdict: str  # killed, hung, SURVIVED or UNCLEAR
+    killer: str  # the test that failed, as pytest names it
+    as_named: bool  # that test is one that the entry names
+    seconds: float
+
+
+# ---- Entries ----
+
+
+def load(root: Path = ROOT) -> tuple[list[Mutant], list[str]]:
+    """All entries, and a message for each line that is none."""
+    mutants, unread = [], []
+    for path in sorted((root / ENTRIES).rglob("*.txt")):
+        file = path.relative_to(root / ENTRIES).with_suffix(".py").as_posix()
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            where = f"{path.relative_to(root)}:{number}"
+            mark, _, text = line.partition(" ")
+            if mark == "==":
+                mutants.append(Mutant(where, file, text))
+            elif mark in ("by", "-", "+") and mutants and mutants[-1].file == file:
+                mutants[-1].lines[mark].append(text)
+            elif mark not in ("", "#"):
+                unread.append(f"UNREAD     {where}: {line}")
+    return mutants, unread
+
+
+def problems_of(mutant: Mutant, root: Path) -> list[str]:
+    """What keeps this bug from being planted, or its tests from being found."""
+    where = f"{mutant.where}: {mutant.name}"
+    source = root / mutant.file
+    if not source.is_file():
+        return [f"STALE      {where}: there is no {mutant.file}"]
+    problems = []
+    code = source.read_text()
+    count = code.count(mutant.old)
+    if not mutant.old.strip() or mutant.old == mutant.new:
+        problems.append(f"EMPTY      {where}: no old code, or the same as the new one")
+    elif count == 0:
+        problems.append(f"STALE      {where}: {mutant.file} no longer holds\n{indented(mutant.old)}")
+    elif count > 1:
+        problems.append(f"AMBIGUOUS  {where}: {mutant.file} holds {count} times\n{indented(mutant.old)}")
+    else:
+        try:
+            compile(code.replace(mutant.old, mutant.new), mutant.file, "exec")
+        except SyntaxError as error:
+            problems.append(f"NO PYTHON  {where}: {error}")
+    if not mutant.lines["by"]:
+        problems.append(f"NO TEST    {where}: names none")
+    for test in mutant.lines["by"]:
+        if not test_exists(test, root):
+            problems.append(f"NO TEST    {where}: there is no {test}{elsewhere(test, root)}")
+    return problems
+
+
+def indented(code: str) -> str:
+    return "\n".join(f"             {line}" for line in code.splitlines())
+
+
+def test_exists(test: str, root: Path) -> bool:
+    name, _, function = test.partition("::")
+    path = root / "tests" / f"{name}.py"
+    return path.is_file() and (not function or defines(path, function))
+
+
+def defines(path: Path, function: str) -> bool:
+    name = function.partition("[")[0]
+    return re.search(rf"^def {re.escape(name)}\(", path.read_text(), re.MULTILINE) is not None
+
+
+def elsewhere(test: str, root: Path) -> str:
+    """Where a test of this name stands now, if it has moved."""
+    function = test.partition("::")[2]
+    if not function:
+        return ""
+    files = [path.stem for path in sorted((root / "tests").glob("test_*.py")) if defines(path, function)]
+    return f", but {' and '.join(files)} has one of this name" if files else ""
+
+
+def check(mutants: list[Mutant], root: Path = ROOT) -> list[str]:
+    """A message for each thing that is wrong with these entries."""
+    problems, titles = [], set()
+    for mutant in mutants:
+        if mutant.title in titles:
+            problems.append(f"TWICE      {mutant.where}: {mutant.name}")
+        titles.add(mutant.title)
+        problems += problems_of(mutant, root)
+    return problems
+
+
+# ---- Runs ----
+
+RUNNING = set()  # the processes of pytest
+
+
+def run_pytest(folder, tests, timeout=None) -> tuple[int | None, list[str]]:
+    """pytest's exit code, None if it did not end in time, and the tests that failed."""
+    options = ["-q", "--tb=no", "--no-header", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    # a session of its own, so that what the tests have started can be ended with them
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    RUNNING.add(process)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end(process)
+        process.communicate()
+        return None, []
+    finally:
+        RUNNING.discard(process)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", output, re.MULTILINE)
+    return process.returncode, failed
+
+
+def end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def node(test: str) -> str:
+    """test_ppo::test_gae -> tests/test_ppo.py::test_gae, as pytest wants it."""
+    name, colons, function = test.partition("::")
+    return f"tests/{name}.py{colons}{function}"
+
+
+def attempt(mutant: Mutant, copy: Path, timeout: float) -> Result:
+    """Plants the bug in the copy, runs the tests that the entry names, then their files, and takes it out."""
+    start = time.time()
+    named = [node(test) for test in mutant.lines["by"]]
+    files = list(dict.fromkeys(test.partition("::")[0] for test in named))
+    path = copy / mutant.file
+    code = path.read_text()
+    path.write_text(code.replace(mutant.old, mutant.new))
+    try:
+        exit_code, failed = run_pytest(copy, ["-x", *named], timeout)
+        as_named = exit_code not in PASSED_OR_NOT_FOUND
+        if not as_named and files != named:
+            exit_code, failed = run_pytest(copy, ["-x", *files], timeout)
+    finally:
+        path.write_text(code)
+    if exit_code is None:
+        verdict = "hung"
+    elif failed:
+        verdict = "killed"
+    elif exit_code == 0:
+        verdict = "SURVIVED"
+    else:  # not even imported, no tests found, or a crash: whatever it is, no test has noticed the bug
+        verdict = "UNCLEAR"
+    return Result(mutant, verdict, failed[0] if failed else "", as_named, time.time() - start)
+
+
+def line_of(result: Result, timeout: float) -> str:
+    if result.verdict == "killed":
+        killer = result.killer.removeprefix("tests/").replace(".py::", "::")
+        reason = f"by {killer}" if result.as_named else f"not by a test it names, but by {killer}"
+    elif result.verdict == "hung":
+        reason = f"no end within {timeout:.0f} s counts as killed"
+    else:
+        tests = ", ".join(result.mutant.lines["by"])
+        reason = f"all of {tests} pass" if result.verdict == "SURVIVED" else f"{tests} did not run to an end"
+    return f"{result.verdict:8}  {result.mutant.title}: {reason} ({result.seconds:.1f} s)"
+
+
+def run(mutants: list[Mutant], jobs: int, timeout: float, root: Path = ROOT) -> int:
+    """Tries each, prints a line each and the totals. Returns the exit code."""
+    start, results = time.time(), []
+    copies = queue.Queue()
+
+    def work(mutant: Mutant) -> Result:
+        copy = copies.get()
+        try:
+            return attempt(mutant, copy, timeout)
+        finally:
+            copies.put(copy)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        for job in range(jobs):
+            copy = Path(folder) / str(job) / "copy"
+            shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
+            copies.put(copy)
+        futures = [pool.submit(work, mutant) for mutant in mutants]
+        try:
+            for future in as_completed(futures):
+                results.append(future.result())
+                print(line_of(results[-1], timeout), flush=True)
+        except BaseException:  # Ctrl-C above all
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                end(process)
+            raise
+        killers = list(dict.fromkeys(result.killer for result in results if result.killer))
+        exit_code, red = run_pytest(copies.get(), killers) if killers else (0, [])
+
+    for result in results:
+        if result.killer in red:
+            print(f"NOT KILLED  {result.mutant.title}: {result.killer} fails without it, too")
+    if exit_code not in (0, 1):
+        print(f"the tests that killed could not be run without a bug: pytest ended with {exit_code}")
+    hung = [result for result in results if result.verdict == "hung"]
+    killed = [result for result in results if result.verdict == "killed" and result.killer not in red]
+    by_others = [result for result in killed if not result.as_named]
+    print(f"{len(killed) + len(hung)} of {len(results)} mutants killed, {len(hung)} of them by hanging, "
+          f"{len(by_others)} not by a test they name")
+    print(f"{len(killers) - len(red)} of the {len(killers)} tests that killed pass without a bug")
+    print(f"{time.time() - start:.0f} s with --jobs {jobs}")
+    return 0 if len(killed) + len(hung) == len(results) and exit_code == 0 else 1
+
+
+# ---- Command line ----
+
+
+def main(arguments: list[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("pattern", nargs="?", default="", help='only those with it in "file: name"')
+    parser.add_argument("--check", action="store_true", help="run no test")
+    parser.add_argument("--part", default="1/1", help="K/N: every N-th, from the K-th on")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time, each in a copy of its own")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one run of its tests")
+    args = parser.parse_args(arguments)
+    part = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    if not part or not 1 <= int(part[1]) <= int(part[2]) or args.jobs < 1:
+        parser.error("--part is K/N with 1 <= K <= N, and --jobs at least 1")
+
+    mutants, problems = load()
+    mutants = [mutant for mutant in mutants if re.search(args.pattern, mutant.title)]
+    problems += check(mutants)
+    for problem in problems:
+        print(problem)
+    if problems or not mutants:
+        print(f"{len(problems)} problems in {len(mutants)} entries: nothing was run")
+        return 1
+    if args.check:
+        print(f"{len(mutants)} entries, each fits the code")
+        return 0
+    return run(mutants[int(part[1]) - 1 :: int(part[2])], args.jobs, args.timeout)
 
 
 if __name__ == "__main__":
