@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real models and data, beside the checkout
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)
+pytest_plugins = ["tiny_runs"]  # fixtures that run the scripts
 
 VOCABULARY = 97
 LENGTHS = [16, 4, 8, 3]  # of completions: ragged, since equal lengths hide every aggregation bug
@@ -156,6 +157,23 @@ def word_tokenizer():
         clean_up_tokenization_spaces=False)  # fmt: skip
 
 
+def sampled(batch):
+    """A batch of (B, T) as the responses alone, from their first token on: tokens (B, R), log-probs (B, R), lengths
+    (B,); zeros behind each. What it must hold is checked on the way: whole responses and nothing outside them.
+    """
+    mask = batch["mask"]
+    lengths = mask.sum(1)
+    behind = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]  # (B, R)
+    assert mask.dtype == torch.bool and lengths.min() > 0 and not batch["logprobs"][~mask].any()
+    results = []
+    for name in ("input_ids", "logprobs"):
+        x = batch[name]
+        results.append(x.new_zeros(behind.shape).masked_scatter(behind, x[mask]))
+    for row in mask.long():
+        assert row.diff().abs().sum() <= 2 and row[0] == 0  # one piece, behind a prompt
+    return *results, lengths
+
+
 def sides(rows):
     """(prompts, responses) of rows (ids, trained)."""
     cuts = [trained.index(True) for _, trained in rows]
@@ -175,16 +193,30 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+def copied(x):
+    """x with its tensors cloned, those inside a dict, a list or a tuple too."""
+    if torch.is_tensor(x):
+        return x.clone()
+    if type(x) is dict:
+        return {name: copied(part) for name, part in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(copied(part) for part in x)
+    return x
+
+
 def watching(monkeypatch, script):
-    """watch(name) -> list of (inputs as they were, result), one for each call of that function of the script."""
+    """watch(name) -> list of (inputs as they were, result), one for each call of that function of the script. A
+    result that is a batch, or holds one, is a copy: the loop adds columns to the batch that rollout() gave it.
+    """
 
     def start(name):
         calls, function = [], getattr(script, name)
 
         def wrapper(*inputs, **options):
-            before = tuple(x.clone() if torch.is_tensor(x) else x for x in inputs)
+            before = tuple(copied(x) for x in inputs)
             result = function(*inputs, **options)
-            calls.append((before, result))
+            holds_batch = type(result) is dict or (type(result) is tuple and type(result[0]) is dict)
+            calls.append((before, copied(result) if holds_batch else result))
             return result
 
         monkeypatch.setattr(script, name, wrapper)
@@ -197,8 +229,8 @@ def double_loads(monkeypatch, script, *names):
     """The models that these functions of the script load are in float64: sums in another order agree to 1e-9."""
 
     def doubled(load):
-        def loader(*inputs):
-            result = load(*inputs)
+        def loader(*inputs, **options):
+            result = load(*inputs, **options)
             for part in result if isinstance(result, tuple) else [result]:
                 if isinstance(part, torch.nn.Module):
                     part.double()

@@ -4,23 +4,27 @@ of ppo.main against single rows, float64 autograd and the closed-form optimum.
 
 import contextlib
 import itertools
-import json
 import math
 from types import SimpleNamespace
 
+import common
 import pytest
 import torch
 import transformers
-from common import encode
+from common import (
+    encode, ended, last_token, load_model, load_prompts, micro_batches, pad, per_token,
+    responses_of, token_values)
 from conftest import (
     CHAT_TEMPLATE, LENGTHS, MASK, POISON, STOPS, VOCABULARY, double_loads, make_model, noise, poisoned,
     pure, ragged_rows, sides, watching, word_tokenizer)
+from rl import (
+    CPU, LAYOUTS, MEAN, PLACED, Tabular, all_responses, flat, make_batch, make_folders, optimizer_steps, rows_of,
+    same_rows, score_logprobs, shares_of_a_word, vector, watch_micro_batches)
 from safetensors.torch import load_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ppo
 
-CPU = torch.device("cpu")
+layouts = pytest.mark.parametrize("mask", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
 def tensor(*values):
@@ -31,13 +35,13 @@ def tensor(*values):
 
 
 def double_sum(rewards, values, mask, gamma, gae_lambda):
-    """sum_s (gamma lambda)^(s - t) delta_s over s >= t, of each row's own tokens alone: (B, R), float64."""
+    """sum_s (gamma lambda)^(s - t) delta_s over s >= t, of each row's own tokens alone: (B, T), float64."""
     result = torch.zeros(mask.shape, dtype=torch.float64)
-    for b, n in enumerate(mask.sum(1).tolist()):
-        r, v = rewards[b, :n].tolist(), [*values[b, :n].tolist(), 0.0]
-        for t in range(n):
-            terms = [(gamma * gae_lambda) ** (s - t) * (r[s] + gamma * v[s + 1] - v[s]) for s in range(t, n)]
-            result[b, t] = math.fsum(terms)
+    for b, row in enumerate(mask):
+        r, v = rewards[b, row].tolist(), [*values[b, row].tolist(), 0.0]
+        for t, column in enumerate(row.nonzero().flatten().tolist()):
+            terms = [(gamma * gae_lambda) ** (s - t) * (r[s] + gamma * v[s + 1] - v[s]) for s in range(t, len(r))]
+            result[b, column] = math.fsum(terms)
     return result
 
 
@@ -54,23 +58,36 @@ def test_gae_by_hand(rewards, values, n, advantages, returns):
     assert (got[1] - tensor(*returns)).abs().max() < 1e-12
 
 
+@layouts
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0)])
-def test_gae_is_the_double_sum(gamma, gae_lambda, dtype, tolerance):
-    rewards, values = noise(4, 16, seed=1, dtype=dtype), noise(4, 16, seed=2, dtype=dtype)
-    want = double_sum(rewards, values, MASK, gamma, gae_lambda)
-    advantages, returns = pure(ppo.gae, rewards, values, MASK, gamma, gae_lambda)
+def test_gae_is_the_double_sum(gamma, gae_lambda, dtype, tolerance, mask):
+    rewards, values = noise(*mask.shape, seed=1, dtype=dtype), noise(*mask.shape, seed=2, dtype=dtype)
+    want = double_sum(rewards, values, mask, gamma, gae_lambda)
+    advantages, returns = pure(ppo.gae, rewards, values, mask, gamma, gae_lambda)
     assert advantages.dtype == returns.dtype == dtype
     assert (advantages - want).abs().max() < tolerance
-    assert (returns - torch.where(MASK, want + values, 0.0)).abs().max() < tolerance
-    assert (advantages[~MASK] == 0).all() and (returns[~MASK] == 0).all()
+    assert (returns - torch.where(mask, want + values, 0.0)).abs().max() < tolerance
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
 
 
+def test_where_the_response_stands_changes_nothing():
+    """The same numbers behind prompts, in front of padding: the same advantages, returns and rewards, to the bit."""
+    rewards, values, logprobs, ref = (noise(4, 16, seed=s) for s in range(4))
+    behind = lambda x: torch.full(PLACED.shape, math.nan, dtype=x.dtype).masked_scatter(PLACED, x[MASK])
+    for alone, placed in [
+        (ppo.gae(rewards, values, MASK, 0.9, 0.8), ppo.gae(behind(rewards), behind(values), PLACED, 0.9, 0.8)),
+        ([ppo.token_rewards(rewards[:, 0], logprobs, ref, MASK, 0.3)],
+         [ppo.token_rewards(rewards[:, 0], behind(logprobs), behind(ref), PLACED, 0.3)])]:  # fmt: skip
+        assert all(torch.equal(x[MASK], y[PLACED]) for x, y in zip(alone, placed))
+
+
+@layouts
 @pytest.mark.parametrize("poison", POISON)
-def test_gae_never_sees_the_padding(poison):
-    rewards, values = noise(4, 16, seed=1), noise(4, 16, seed=2)
-    want = ppo.gae(rewards, values, MASK, 0.9, 0.8)
-    got = pure(ppo.gae, poisoned(rewards, poison), poisoned(values, poison), MASK, 0.9, 0.8)
+def test_gae_never_sees_the_padding(poison, mask):
+    rewards, values = noise(*mask.shape, seed=1), noise(*mask.shape, seed=2)
+    want = ppo.gae(rewards, values, mask, 0.9, 0.8)
+    got = pure(ppo.gae, poisoned(rewards, poison, mask), poisoned(values, poison, mask), mask, 0.9, 0.8)
     assert all(map(torch.equal, got, want))
 
 
@@ -90,27 +107,30 @@ def test_gae_at_lambda_1_and_0():
 # ---- Rewards ----
 
 
-def test_rewards_by_loops():
+@layouts
+def test_rewards_by_loops(mask):
     """The score at the last real token, the first row's being the last of all; -beta log pi / pi_ref everywhere."""
-    scores, logprobs, ref = noise(4, seed=3), noise(4, 16, seed=4), noise(4, 16, seed=5)
-    rewards = pure(ppo.token_rewards, scores, logprobs, ref, MASK, 0.3)
-    for b, n in enumerate(LENGTHS):
-        for t in range(16):
-            kl = (logprobs[b, t] - ref[b, t]).item() if t < n else 0.0
-            want = -0.3 * kl + (scores[b].item() if t == n - 1 else 0.0)
+    scores, logprobs, ref = noise(4, seed=3), noise(*mask.shape, seed=4), noise(*mask.shape, seed=5)
+    rewards = pure(ppo.token_rewards, scores, logprobs, ref, mask, 0.3)
+    for b in range(4):
+        last = max(t for t in range(mask.shape[1]) if mask[b, t])
+        for t in range(mask.shape[1]):
+            kl = (logprobs[b, t] - ref[b, t]).item() if mask[b, t] else 0.0
+            want = -0.3 * kl + (scores[b].item() if t == last else 0.0)
             assert rewards[b, t].item() == pytest.approx(want, abs=1e-12)
-    total = scores - 0.3 * torch.where(MASK, logprobs - ref, 0.0).sum(1)
+    total = scores - 0.3 * torch.where(mask, logprobs - ref, 0.0).sum(1)
     assert (rewards.sum(1) - total).abs().max() < 1e-12
-    assert (rewards[~MASK] == 0).all()
+    assert (rewards[~mask] == 0).all()
 
 
+@layouts
 @pytest.mark.parametrize("poison", POISON)
-def test_rewards_never_see_the_padding(poison):
-    scores, logprobs, ref = noise(4, seed=3), noise(4, 16, seed=4), noise(4, 16, seed=5)
-    want = ppo.token_rewards(scores, logprobs, ref, MASK, 0.3)
-    for x, y in [(logprobs, poisoned(ref, poison)), (poisoned(logprobs, poison), ref),
-                 (poisoned(logprobs, poison), poisoned(ref, poison))]:  # fmt: skip
-        assert torch.equal(pure(ppo.token_rewards, scores, x, y, MASK, 0.3), want)
+def test_rewards_never_see_the_padding(poison, mask):
+    scores, logprobs, ref = noise(4, seed=3), noise(*mask.shape, seed=4), noise(*mask.shape, seed=5)
+    want = ppo.token_rewards(scores, logprobs, ref, mask, 0.3)
+    bad_logprobs, bad_ref = poisoned(logprobs, poison, mask), poisoned(ref, poison, mask)
+    for x, y in [(logprobs, bad_ref), (bad_logprobs, ref), (bad_logprobs, bad_ref)]:
+        assert torch.equal(pure(ppo.token_rewards, scores, x, y, mask, 0.3), want)
 
 
 def test_score_at_eos_reaches_every_token_before_it():
@@ -186,20 +206,21 @@ def test_at_ratio_1_the_gradient_is_that_of_reinforce():
     assert (ends.abs().amax(-1) > 1e-3).all()  # the last token, EOS or not, is an action like any other
 
 
+@layouts
 @pytest.mark.parametrize("poison", [*POISON, 100.0])
-def test_policy_loss_never_sees_the_padding(poison):
+def test_policy_loss_never_sees_the_padding(poison, mask):
     """exp(log-ratio) of 100 overflows in fp32: masked behind it, the gradient would be 0 * inf."""
     results = []
     for dirty in (False, True):
-        logprobs, old, advantages = (noise(4, 16, seed=s, dtype=torch.float32) for s in (11, 12, 13))
+        logprobs, old, advantages = (noise(*mask.shape, seed=s, dtype=torch.float32) for s in (11, 12, 13))
         if dirty:
-            logprobs, advantages = poisoned(logprobs, poison), poisoned(advantages, poison)
-            old = poisoned(old, 0.0 if poison == 100.0 else poison)
+            logprobs, advantages = poisoned(logprobs, poison, mask), poisoned(advantages, poison, mask)
+            old = poisoned(old, 0.0 if poison == 100.0 else poison, mask)
         logprobs.requires_grad_()
-        losses, ratio = pure(ppo.ppo_loss, logprobs, old, advantages, MASK, 0.2)
+        losses, ratio = pure(ppo.ppo_loss, logprobs, old, advantages, mask, 0.2)
         losses.sum().backward()
         results.append((losses.detach(), ratio.detach(), logprobs.grad))
-        assert (losses[~MASK] == 0).all() and (ratio[~MASK] == 1).all() and (logprobs.grad[~MASK] == 0).all()
+        assert (losses[~mask] == 0).all() and (ratio[~mask] == 1).all() and (logprobs.grad[~mask] == 0).all()
     assert all(map(torch.equal, *results)) and all(x.isfinite().all() for x in results[1])
 
 
@@ -244,11 +265,12 @@ def test_value_gradient_is_the_finite_difference():
     assert (gradient[clipped] == 0).all()
 
 
+@layouts
 @pytest.mark.parametrize("poison", POISON)
-def test_value_loss_never_sees_the_padding(poison):
-    inputs = [noise(4, 16, seed=s, dtype=torch.float32) for s in (14, 15, 16)]
-    want = critic_loss(*inputs, 0.2, MASK)
-    assert all(map(torch.equal, critic_loss(*[poisoned(x, poison) for x in inputs], 0.2, MASK), want))
+def test_value_loss_never_sees_the_padding(poison, mask):
+    inputs = [noise(*mask.shape, seed=s, dtype=torch.float32) for s in (14, 15, 16)]
+    want = critic_loss(*inputs, 0.2, mask)
+    assert all(map(torch.equal, critic_loss(*[poisoned(x, poison, mask) for x in inputs], 0.2, mask), want))
 
 
 @pytest.mark.parametrize("eps", [0.0, 100.0])
@@ -261,25 +283,10 @@ def test_a_clip_that_is_never_reached_never_decides(eps):
 
 # ---- Models and folders ----
 
-MEAN = 0.37  # reward_mean of the reward models
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """llama and gpt2: a policy each, and a reward model with another body, with prompts of 2 to 6 tokens."""
-    folder = tmp_path_factory.mktemp("folders")
-    for kind in ("llama", "gpt2"):
-        model = make_model(kind)
-        model.generation_config.eos_token_id = STOPS
-        config = make_model(kind, seed=5).config
-        config.num_labels, config.reward_mean, config.held_out_accuracy = 1, MEAN, 0.9
-        reward = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        for part, name in ((model, kind), (reward, f"{kind}-reward")):
-            part.save_pretrained(folder / name)
-            word_tokenizer().save_pretrained(folder / name)
-    rows = [{"prompt": " ".join(f"w{4 + (7 * i + 5 * j) % 90}" for j in range(2 + i % 5))} for i in range(12)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return make_folders(tmp_path_factory.mktemp("folders"))
 
 
 @pytest.fixture
@@ -289,7 +296,7 @@ def tiny(folders, kind, tmp_path):
     def make(**flags):
         data = str(folders / "prompts.jsonl")
         defaults = {
-            "model": str(folders / kind), "reward": str(folders / f"{kind}-reward"), "dataset": data,
+            "model": str(folders / kind), "reward": (str(folders / f"{kind}-reward"),), "dataset": data,
             "eval_dataset": data, "output_dir": str(tmp_path / "run"), "total_episodes": 8, "batch_size": 4,
             "num_minibatches": 2, "micro_batch_size": 4, "max_new_tokens": 16, "eval_every": 0,
             "eval_samples": 2, "save_every": 0, "device": "cpu"}  # fmt: skip
@@ -308,18 +315,6 @@ def double(monkeypatch, float64):
     double_loads(monkeypatch, ppo, "load_model", "load_critic", "load_reward")
 
 
-def make_batch(prompts, responses):
-    lengths = torch.tensor(list(map(len, responses)))
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return {"prompts": prompts, "responses": responses, "mask": mask}
-
-
-def score_logprobs(model, batch, temperature=1.0, index=None):
-    index = torch.arange(len(batch["prompts"])) if index is None else index
-    args = ppo.Args(temperature=temperature)
-    return ppo.response_logprobs(model, batch, index, args, contextlib.nullcontext, entropy=True)
-
-
 def naive_response(model, prompt, response, temperature=1.0):
     """[(log pi(y_t), entropy)] of one response: a forward pass of the prefix alone for each token, in float64."""
     result = []
@@ -333,91 +328,173 @@ def naive_response(model, prompt, response, temperature=1.0):
 # ---- Responses and their positions ----
 
 
-def test_collate_and_align():
-    prompts, responses = [[5, 6], [7]], [[0, 8, 0], [9]]  # id 0, the padding's, is a token too
-    input_ids, mask = ppo.collate(prompts, responses, CPU)
-    assert input_ids.tolist() == [[5, 6, 0, 8, 0], [7, 9, 0, 0, 0]]
-    assert mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
-    x = torch.arange(10.0).view(2, 5)
-    assert ppo.align(x, mask, 4).tolist() == [[2, 3, 4, 0], [6, 0, 0, 0]]
-    assert ppo.align(poisoned(x, math.nan, mask), mask, 4).tolist() == [[2, 3, 4, 0], [6, 0, 0, 0]]
+def test_a_batch_by_hand():
+    """What pads rows, finds their ends and cuts them out of a batch: by the mask, never by a token's id."""
+    assert pad([[5, 6, 0, 8, 0], [7, 9]], CPU).tolist() == [[5, 6, 0, 8, 0], [7, 9, 0, 0, 0]]
+    assert pad([[0.5], [1.5, 2.0]], CPU, -1.0).tolist() == [[0.5, -1.0], [1.5, 2.0]]
+    batch = make_batch([[5, 6], [7], [8, 8, 8]], [[0, 8, 0], [9], [9, 0]])  # id 0, the padding's, is a token too
+    assert batch["input_ids"].tolist() == [[5, 6, 0, 8, 0], [7, 9, 0, 0, 0], [8, 8, 8, 9, 0]]
+    assert batch["mask"].int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
+    assert last_token(batch["mask"]).tolist() == [4, 1, 4]
+    assert responses_of(batch) == [[0, 8, 0], [9], [9, 0]]
+    assert ended(batch, [0]).tolist() == [True, False, True] and ended(batch, [2, 9]).tolist() == [False, True, False]
+    for poison in (0, 2, 9):  # padding that looks like an EOS
+        padded = make_batch([[5, 6], [7], [8, 8, 8]], [[0, 8, 0], [9], [9, 0]], poison)
+        assert ended(padded, [0]).tolist() == [True, False, True] and responses_of(padded) == responses_of(batch)
+    assert rows_of(batch) == [([5, 6], [0, 8, 0]), ([7], [9]), ([8, 8, 8], [9, 0])]
 
 
-def test_values_are_read_before_their_token():
-    """A critic whose value is its position: for a prompt of 4 and a response of 3 tokens 3, 4, 5."""
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_micro_batches_by_hand(size):
+    """Each row of the index once, whole, shortest first, in batches as wide as their longest row."""
+    lengths, index = [3, 7, 4, 4, 1, 5], torch.tensor([5, 3, 0, 2, 4])
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
+    mask[:, 0] &= ~mask[:, 1]  # a prompt of one token, and of none in the row of length 1
+    batch = {"mask": mask, "x": torch.where(torch.arange(8) < torch.tensor(lengths)[:, None], noise(6, 8), math.nan)}
+    got = list(micro_batches(batch, index, size))
+    order = [4, 0, 3, 2, 5]  # equal lengths in the order of the index
+    assert [rows.tolist() for rows, _ in got] == [order[i : i + size] for i in range(0, 5, size)]
+    for rows, mb in got:
+        T = max(lengths[i] for i in rows)
+        assert mb.keys() == batch.keys() and all(x.shape == (len(rows), T) for x in mb.values())
+        for i, m, x in zip(rows.tolist(), mb["mask"], mb["x"]):
+            assert m.tolist() == mask[i, :T].tolist() and x[: lengths[i]].tolist() == batch["x"][i, : lengths[i]].tolist()
 
-    def positions(input_ids, use_cache):
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_per_token_puts_each_row_where_it_was(size):
+    batch = make_batch(*sides(ragged_rows()))
+    got = per_token(lambda mb: mb["input_ids"] + 0.5 * mb["mask"], batch, size)
+    for i, (prompt, response) in enumerate(rows_of(batch)):
+        n = len(prompt + response)
+        assert got[i, :n].tolist() == prompt + [token + 0.5 for token in response]
+        assert (got[i, n:] == 0).all()
+    assert not per_token(lambda mb: mb["logprobs"].requires_grad_(), batch, size).requires_grad
+
+
+class PositionCritic(torch.nn.Module):
+    """A critic whose value is its position."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.score.weight)
+
+    def base_model(self, input_ids, use_cache):
         place = torch.arange(input_ids.shape[1], dtype=torch.float32)
         return SimpleNamespace(last_hidden_state=place.expand(input_ids.shape)[..., None])
 
-    score = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.ones_(score.weight)
-    critic = SimpleNamespace(base_model=positions, score=score, device=CPU)
-    batch = make_batch([[5] * 4, [5] * 2], [[6, 7, 2], [6, 7, 8, 9, 2]])
-    values = ppo.response_values(critic, batch, torch.tensor([0, 1]), contextlib.nullcontext)
-    assert values.tolist() == [[3, 4, 5, 0, 0], [1, 2, 3, 4, 5]]
+    def save_pretrained(self, folder):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
+@pytest.mark.parametrize("micro", [4, 1])
+def test_values_are_read_before_their_token(tiny, watch, monkeypatch, micro):
+    """Of a critic whose value is its position, in the rollout and in training: for a prompt of 4 tokens and a response
+    of 3 they are 3, 4, 5."""
+    monkeypatch.setattr(ppo, "load_critic", lambda *_: PositionCritic())
+    gaes, losses = watch("gae"), watch("value_loss")
+    ppo.main(tiny(critic_learning_rate=0.0, micro_batch_size=micro))
+    (((_, values, mask, *_), _),) = gaes
+    assert len(set(mask.int().argmax(1).tolist())) > 2  # prompts are ragged
+    for x, m in [(values, mask), *[(inputs[0], inputs[3]) for inputs, _ in losses],
+                 *[(inputs[1], inputs[3]) for inputs, _ in losses]]:  # fmt: skip
+        for row, real in zip(x, m):
+            columns = real.nonzero().flatten().tolist()
+            assert row[columns].tolist() == [t - 1 for t in columns]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropy_by_loops_over_prefixes(model, temperature):
-    prompts, responses = sides(ragged_rows())
+    batch = make_batch(*sides(ragged_rows()))
+    mask = batch["mask"]
     with torch.no_grad():
-        logprobs, entropy = score_logprobs(model, make_batch(prompts, responses), temperature)
-        assert logprobs.shape == entropy.shape == (4, 16)
-        for i, (prompt, response) in enumerate(zip(prompts, responses)):
-            for t, (logp, h) in enumerate(naive_response(model, prompt, response, temperature)):
+        logprobs, entropy = score_logprobs(model, batch, temperature, size=4)
+        assert logprobs.shape == entropy.shape == mask.shape
+        for i, (prompt, response) in enumerate(rows_of(batch)):
+            for t, (logp, h) in enumerate(naive_response(model, prompt, response, temperature), len(prompt)):
                 assert logprobs[i, t].item() == pytest.approx(logp.item(), abs=2e-5)
                 assert entropy[i, t].item() == pytest.approx(h.item(), abs=2e-5)
-    assert (logprobs[~MASK] == 0).all() and (entropy[~MASK] == 0).all()
+    assert (logprobs[~mask] == 0).all() and (entropy[~mask] == 0).all()
 
 
 def test_a_row_alone_equals_the_row_in_a_batch(model):
-    batch = make_batch(*sides(ragged_rows()))
+    batch = make_batch(*sides(ragged_rows()), padding=50)
     with torch.no_grad():
-        together = score_logprobs(model, batch)[0]
+        together = score_logprobs(model, batch, size=4)[0]
         for i in (3, 1, 0, 2):
             alone = score_logprobs(model, batch, index=torch.tensor([i]))[0]
-            assert alone.shape == (1, 16) and (alone[0] - together[i]).abs().max() < 1e-5
+            n = int(last_token(batch["mask"])[i]) + 1  # alone it has no padding
+            assert alone.shape == (1, 18) and (alone[0, :n] - together[i, :n]).abs().max() < 1e-5
+            assert alone[0, n:].isnan().all() and (together[i, n:] == 0).all()
         order = torch.tensor([2, 0, 3])
-        assert (score_logprobs(model, batch, index=order)[0] - together[order]).abs().max() < 1e-5
+        for size in (1, 2, 3):
+            part = score_logprobs(model, batch, index=order, size=size)[0].nan_to_num(0.0)
+            assert (part - together[order]).abs().max() < 1e-5
 
 
 def load(args):
     """(reward function, reward model, critic, the reward model as transformers loads it)"""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    reward, model = ppo.load_reward(args.reward, tokenizer, [2, 7], args, CPU, contextlib.nullcontext)
-    own = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward).eval()
+    reward, model = ppo.load_reward(args.reward[0], tokenizer, [2, 7], args, CPU, contextlib.nullcontext)
+    own = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward[0]).eval()
     own = own.to(next(model.parameters()).dtype)
-    policy = ppo.load_model(args, CPU)[0]
+    policy = ppo.load_model(args.model, args, CPU)[0]
     return reward, model, ppo.load_critic(args, policy, model, CPU), own
 
 
-def test_critic_is_the_reward_model_at_every_prefix(tiny, double):
+def response_values(critic, batch, size=2):
+    """V before each token of these responses, as main reads them: (B, T)."""
+    return per_token(lambda mb: token_values(critic, mb["input_ids"]).roll(1, dims=1), batch, size)
+
+
+def test_critic_is_the_reward_model_at_every_prefix(tiny, watch, double):
     """Scores are the model's own, less reward_mean, each row alone; the critic's value of each prefix is the score
     it would have: nothing of a response reaches the value before it, and everything of it the one behind."""
     args = tiny(micro_batch_size=2)
     reward, _, critic, own = load(args)
-    batch = make_batch(*sides(ragged_rows(seed=3)))
+    prompts, responses = sides(ragged_rows(seed=3))
+    batch = make_batch(prompts, responses)
+    mask = batch["mask"]
     with torch.no_grad():
-        values = ppo.response_values(critic, batch, torch.arange(4), contextlib.nullcontext)
-        scores = reward([{}] * 4, batch["prompts"], batch["responses"])
-        after = ppo.token_values(critic, ppo.collate(batch["prompts"], batch["responses"], CPU)[0])
-        for i, (prompt, response) in enumerate(zip(batch["prompts"], batch["responses"])):
+        values = response_values(critic, batch)
+        scores = reward([{}] * 4, prompts, responses)
+        after = token_values(critic, batch["input_ids"])
+        for i, (prompt, response) in enumerate(zip(prompts, responses)):
             for t in range(len(response)):
                 want = own(torch.tensor([prompt + response[:t]])).logits[0, 0].item() - MEAN
-                assert values[i, t].item() == pytest.approx(want, abs=1e-6)
+                assert values[i, len(prompt) + t].item() == pytest.approx(want, abs=1e-6)
             want = own(torch.tensor([prompt + response])).logits[0, 0].item() - MEAN
             assert scores[i].item() == pytest.approx(want, abs=1e-6)
             assert after[i, len(prompt + response) - 1].item() == pytest.approx(scores[i].item(), abs=1e-6)
-        assert values.shape == (4, 16) and (values[~MASK] == 0).all() and values[MASK].std() > 0.1
+        assert values.shape == (4, 18) and values[mask].std() > 0.1
         for t in (0, 2, 6):  # another token t of the third response
-            responses = [list(response) for response in batch["responses"]]
-            responses[2][t] = 50 if responses[2][t] != 50 else 51
-            changed = ppo.response_values(
-                critic, {**batch, "responses": responses}, torch.arange(4), contextlib.nullcontext)  # fmt: skip
-            difference = (changed - values).abs()
-            assert difference[:, : t + 1].max() < 1e-6 and difference[2, t + 1 : 8].min() > 1e-4
+            changed = [list(response) for response in responses]
+            changed[2][t] = 50 if changed[2][t] != 50 else 51
+            changed = response_values(critic, make_batch(prompts, changed))
+            difference = torch.where(mask, changed - values, 0.0).abs()
+            here = len(prompts[2]) + t
+            assert difference[2, : here + 1].max() < 1e-6 and difference[2, here + 1 : 14].min() > 1e-4
             assert difference[[0, 1, 3]].max() < 1e-6
+
+
+def test_values_of_a_run_are_the_reward_model_at_every_prefix(tiny, watch, double):
+    """What gae and value_loss get, before the critic's first step: the score that each prefix alone would have."""
+    rollouts, gaes, losses = watch("rollout"), watch("gae"), watch("value_loss")
+    args = tiny(micro_batch_size=2, max_new_tokens=8)
+    ppo.main(args)
+    own = load(args)[3]
+    batch, (((_, values, mask, *_), _),) = rollouts[1][1][0], gaes
+    assert torch.equal(mask, batch["mask"]) and len(set(mask.sum(1).tolist())) > 2
+    wants = torch.zeros(mask.shape)
+    with torch.no_grad():
+        for i, (prompt, response) in enumerate(rows_of(batch)):
+            for t in range(len(response)):
+                wants[i, len(prompt) + t] = own(torch.tensor([prompt + response[:t]])).logits[0, 0] - MEAN
+    assert (values - wants)[mask].abs().max() < 1e-6 and wants[mask].std() > 0.1
+    for (new, old, _, m, _), _ in losses[:2]:  # the first optimizer step, of two micro-batches
+        assert (new - old)[m].abs().max() < 1e-9
 
 
 def test_scores_are_read_at_the_reward_models_own_eos(tiny):
@@ -431,12 +508,13 @@ def test_scores_are_read_at_the_reward_models_own_eos(tiny):
     bodies = [[20, 21, 22], [30, 31], [40, 41, 42, 43]]
     want = [own(torch.tensor([x + y + [end]])).logits[0, 0].item() - MEAN for x, y in zip(prompts, bodies)]
     assert reward([{}] * 3, prompts, responses).tolist() == pytest.approx(want, abs=1e-5)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_critic_of_the_policy_starts_at_zero(tiny, kind):
     _, _, critic, _ = load(tiny(critic="policy"))
     batch = make_batch(*sides(ragged_rows()))
-    values = ppo.response_values(critic, batch, torch.arange(4), contextlib.nullcontext)
+    values = token_values(critic, batch["input_ids"]).roll(1, dims=1)[batch["mask"]]
     assert (values == 0).all()
     values.sum().backward()
     head = critic.score if kind == "llama" else critic.classifier
@@ -458,10 +536,10 @@ def test_no_dropout_anywhere(kind, critic, tmp_path):
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "reward")
     for name in ("model", "reward"):
         word_tokenizer().save_pretrained(tmp_path / name)
-    args = ppo.Args(model=str(tmp_path / "model"), reward=str(tmp_path / "reward"), critic=critic)
+    args = ppo.Args(model=str(tmp_path / "model"), reward=(str(tmp_path / "reward"),), critic=critic)
     _, reward_model, critic, _ = load(args)
     input_ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
-    for part in (ppo.load_model(args, CPU)[0], reward_model, critic):
+    for part in (ppo.load_model(args.model, args, CPU)[0], reward_model, critic):
         once, again = (part.base_model(input_ids).last_hidden_state for _ in range(2))
         assert torch.equal(once, again), type(part).__name__
 
@@ -472,29 +550,31 @@ def test_no_dropout_anywhere(kind, critic, tmp_path):
 def roll(policy, reference, reward, prompts, stops, **flags):
     args = ppo.Args(**{"max_new_tokens": 12, "micro_batch_size": 2, "missing_eos_penalty": 0.75, **flags})
     rows = [({"prompt": "", "number": i}, ids) for i, ids in enumerate(prompts)]
-    return ppo.rollout(policy, reference, reward, rows, stops, 0.3, args, contextlib.nullcontext, 1)
+    score = lambda *texts: reward(*texts)[:, None]  # (B, 1): one reward
+    batch, episodes = ppo.rollout(policy, reference, score, rows, stops, args, contextlib.nullcontext, 1)
+    return batch, episodes, ppo.episode_metrics(episodes, args.reward, 0.3)
 
 
 def test_unfinished_rows_pay_and_masks_come_from_lengths(model, monkeypatch):
     """EOS early, EOS in the last slot, no EOS, another EOS of several, and the padding's id within a text."""
     rows = [[9, 2], [9, 8, 7, 6, 2], [9, 8, 2 + 1, 7, 6], [5, 60], [0, 9, 0, 2]]
-    tokens = torch.tensor([row + [0] * (5 - len(row)) for row in rows])
-    lengths = torch.tensor(list(map(len, rows)))
-    monkeypatch.setattr(ppo, "sample", lambda *_: (tokens, torch.zeros(tokens.shape), lengths))
+    prompts = [[4], [5, 6], [7], [8, 9, 10], [11]]
+    monkeypatch.setattr(common, "sample", lambda policy, prompts, *_: make_batch(prompts, rows))
     seen = {}
 
     def reward(data, prompts, responses):
         seen.update(numbers=[row["number"] for row in data], prompts=prompts, responses=responses)
         return torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
 
-    prompts = [[4], [5, 6], [7], [8, 9, 10], [11]]
-    batch, metrics = roll(model, model, reward, prompts, [2, 60])
+    batch, episodes, metrics = roll(model, model, reward, prompts, [2, 60])
     assert seen == {"numbers": [0, 1, 2, 3, 4], "prompts": prompts, "responses": rows}  # the EOS is scored too
-    assert batch["scores"].tolist() == [1, 2, 3 - 0.75, 4, 5]
+    assert episodes["rewards"].tolist() == [1, 2, 3 - 0.75, 4, 5]
+    assert episodes["scores"].tolist() == [[1], [2], [3], [4], [5]]
     assert metrics["completions/eos_rate"] == pytest.approx(4 / 5)
-    assert batch["mask"].sum(1).tolist() == [2, 5, 5, 2, 4]
-    assert torch.equal(batch["mask"], torch.arange(5) < lengths[:, None])
-    assert batch["responses"] == rows and metrics["completions/mean_length"] == pytest.approx(18 / 5)
+    assert batch["mask"].sum(1).tolist() == episodes["lengths"].tolist() == [2, 5, 5, 2, 4]
+    assert episodes["finished"].tolist() == [1, 1, 0, 1, 1]
+    assert rows_of(batch) == list(zip(prompts, rows))
+    assert metrics["completions/mean_length"] == pytest.approx(18 / 5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -502,33 +582,36 @@ def test_rollout_and_its_metrics_by_loops(model, temperature):
     """KL, entropy and log-probs of both models from forward passes of single prefixes; policy and reference differ."""
     reference, prompts = make_model("gpt2", seed=7), sides(ragged_rows())[0] * 2
     scores = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0, 0.25, 2.0])
-    batch, metrics = roll(model, reference, lambda *_: scores, prompts, STOPS, temperature=temperature,
-                          max_new_tokens=8)  # fmt: skip
-    finished, kls, entropies = [], [], []
+    batch, episodes, metrics = roll(model, reference, lambda *_: scores, prompts, STOPS, temperature=temperature,
+                                    max_new_tokens=8)  # fmt: skip
+    finished, kls, entropies, lengths = [], [], [], []
     with torch.no_grad():
-        for i, response in enumerate(batch["responses"]):
-            n = len(response)
+        for i, (prompt, response) in enumerate(rows_of(batch)):
+            n, mask = len(response), batch["mask"][i]
+            assert prompt == prompts[i]
             assert not set(response[:-1]) & set(STOPS) and (n == 8 or response[-1] in STOPS)
             finished.append(response[-1] in STOPS)
             p, q = (naive_response(m, prompts[i], response, temperature) for m in (model, reference))
             p, q = (torch.stack([logp for logp, _ in x]) for x in (p, q))
-            assert (batch["logprobs"][i, :n] - p).abs().max() < 5e-5
-            assert (batch["ref_logprobs"][i, :n] - q).abs().max() < 5e-5
-            assert (batch["logprobs"][i, n:] == 0).all() and (batch["ref_logprobs"][i, n:] == 0).all()
-            assert batch["mask"][i].tolist() == [t < n for t in range(batch["mask"].shape[1])]
+            assert (batch["logprobs"][i, mask] - p).abs().max() < 5e-5
+            assert (batch["ref_logprobs"][i, mask] - q).abs().max() < 5e-5
+            assert (batch["logprobs"][i, ~mask] == 0).all() and (batch["ref_logprobs"][i, ~mask] == 0).all()
+            assert mask.tolist() == [len(prompt) <= t < len(prompt) + n for t in range(len(mask))]
+            lengths.append(n)
             kls.append((p - q).sum().item())
             entropies.append(-p.sum().item())
-    assert len(set(map(len, batch["responses"]))) > 2 and any(finished) and not all(finished)
-    assert batch["kl"].tolist() == pytest.approx(kls, abs=5e-4)
+    assert len(set(lengths)) > 2 and any(finished) and not all(finished)
+    assert episodes["kl"].tolist() == pytest.approx(kls, abs=5e-4)
+    assert episodes["entropy"].tolist() == pytest.approx(entropies, abs=5e-4)
     paid = [score - 0.75 * (not done) for score, done in zip(scores.tolist(), finished)]
-    assert batch["scores"].tolist() == pytest.approx(paid)
+    assert episodes["rewards"].tolist() == pytest.approx(paid)
     mean = lambda x: sum(x) / len(x)
     assert metrics == pytest.approx({
         "objective/scores": mean(paid), "objective/kl": mean(kls), "objective/entropy": mean(entropies),
         "objective/non_score_reward": -0.3 * mean(kls), "objective/rlhf_reward": mean(paid) - 0.3 * mean(kls),
-        "completions/mean_length": mean(list(map(len, batch["responses"]))),
+        "completions/mean_length": mean(lengths),
         "completions/eos_rate": mean(finished)}, abs=5e-4)  # fmt: skip
-    assert not any(x.requires_grad for x in batch.values() if torch.is_tensor(x))
+    assert not any(x.requires_grad for x in (*batch.values(), *episodes.values()))
 
 
 # ---- Prompts ----
@@ -541,7 +624,7 @@ TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "
 def test_prompts_are_prefixes_of_what_sft_trains_on(bpe_tokenizer, monkeypatch):
     monkeypatch.setattr(bpe_tokenizer, "chat_template", CHAT_TEMPLATE)
     rows = [{"prompt": "Answer: ", "_where": "x:1"}, {"prompt": TALK, "_where": "x:2", "extra": 7}]
-    (first, plain), (second, chat) = ppo.load_prompts(bpe_tokenizer, rows, [2], 99)
+    (first, plain), (second, chat) = load_prompts(bpe_tokenizer, rows, [2], 99)
     assert first == {**rows[0], "extra": None, "_end": 2} and second == {**rows[1], "_end": 2}
     assert plain == [1, *bpe_tokenizer("Answer: ", add_special_tokens=False)["input_ids"]]
     assert chat == bpe_tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
@@ -554,13 +637,13 @@ def test_prompts_are_prefixes_of_what_sft_trains_on(bpe_tokenizer, monkeypatch):
 
 def test_long_prompts_are_dropped_and_counted(bpe_tokenizer, capsys):
     rows = [{"prompt": text, "_where": "x:1"} for text in ("hello", "hello there, help me! " * 9, "help")]
-    kept = ppo.load_prompts(bpe_tokenizer, rows, [2], 8)
+    kept = load_prompts(bpe_tokenizer, rows, [2], 8)
     assert [row["prompt"] for row, _ in kept] == ["hello", "help"] and all(len(ids) <= 8 for _, ids in kept)
     assert "1 of 3 prompts" in capsys.readouterr().out
     exact = max(len(ids) for _, ids in kept)
-    assert len(ppo.load_prompts(bpe_tokenizer, rows, [2], exact)) == 2
+    assert len(load_prompts(bpe_tokenizer, rows, [2], exact)) == 2
     with pytest.raises(SystemExit):
-        ppo.load_prompts(bpe_tokenizer, rows[1:2], [2], 8)
+        load_prompts(bpe_tokenizer, rows[1:2], [2], 8)
 
 
 def test_an_empty_prompt_without_bos_is_not_made_up():
@@ -568,15 +651,10 @@ def test_an_empty_prompt_without_bos_is_not_made_up():
     for empty in ("", " "):  # this tokenizer has no token for a space
         rows = [{"prompt": empty, "_where": "x:1"}, {"prompt": "w5 w9", "_where": "x:2"}]
         with contextlib.suppress(SystemExit):
-            assert [ids for _, ids in ppo.load_prompts(word_tokenizer(), rows, [2], 8)] == [[5, 9]]
+            assert [ids for _, ids in load_prompts(word_tokenizer(), rows, [2], 8)] == [[5, 9]]
 
 
 # ---- Whole updates ----
-
-
-def same_rows(x, rows):
-    """Each row of x is, to the bit, one of these rows."""
-    return all((row == rows).all(1).any() for row in x)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -629,7 +707,7 @@ def test_reference_and_reward_model_never_change(tiny, watch):
     groups = [{x.data_ptr() for x in part.state_dict().values()}
               for part in (policy, reference, reward_model, critic)]  # fmt: skip
     assert sum(map(len, groups)) == len(set().union(*groups))
-    fresh, (_, fresh_reward, *_) = ppo.load_model(args, CPU)[0], load(args)
+    fresh, (_, fresh_reward, *_) = load_model(args.model, args, CPU)[0], load(args)
     for part, start in ((reference, fresh), (reward_model, fresh_reward)):
         want = start.state_dict()
         assert all(torch.equal(x, want[name]) for name, x in part.state_dict().items())
@@ -640,34 +718,29 @@ def test_reference_and_reward_model_never_change(tiny, watch):
 
 
 def by_loops(rewards_call, values, args):
-    """Raw advantages (B, R), from the inputs of token_rewards, in float64."""
+    """Raw advantages (B, T), from the inputs of token_rewards, in float64."""
     scores, logprobs, ref_logprobs, mask, kl_coef = rewards_call
     rewards = torch.zeros(mask.shape, dtype=torch.float64)
-    for b, n in enumerate(mask.sum(1).tolist()):
-        for t in range(n):
+    for b, row in enumerate(mask):
+        columns = row.nonzero().flatten().tolist()
+        for t in columns:
             rewards[b, t] = -kl_coef * (logprobs[b, t].item() - ref_logprobs[b, t].item())
-        rewards[b, n - 1] += scores[b].item()
+        rewards[b, columns[-1]] += scores[b].item()
     return double_sum(rewards, values, mask, args.gamma, args.gae_lambda)
 
 
 @pytest.mark.parametrize("critic", ["reward", "none"])
 @pytest.mark.parametrize("norm_adv", [True, False])
-def test_an_update_by_loops_over_single_rows(tiny, watch, double, critic, norm_adv):
+def test_an_update_by_loops_over_single_rows(tiny, watch, double, monkeypatch, critic, norm_adv):
     """Advantages whitened over all tokens of the update, returns from the raw ones; and the gradients of the first
     optimizer step: -A grad log pi (REINFORCE) and (V - G) grad V, summed over its rows one at a time."""
     rewards, advantages, losses = watch("token_rewards"), watch("gae"), watch("ppo_loss")
-    value_losses, scored, loaded = watch("value_loss"), watch("response_logprobs"), watch("load_model")
+    value_losses, rollouts, loaded = watch("value_loss"), watch("rollout"), watch("load_model")
+    trained = watch_micro_batches(monkeypatch, ppo)
     args = tiny(critic=critic, norm_adv=norm_adv, micro_batch_size=2, gamma=0.97, gae_lambda=0.9, kl_coef=0.3,
                 max_grad_norm=1e9, total_episodes=16, learning_rate=5e-3, update_epochs=1)  # fmt: skip
-    steps = []
-    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append(
-        ([[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups],
-         [[None if p.grad is None else p.grad.clone() for p in group["params"]]
-          for group in optimizer.param_groups])))  # fmt: skip
-    try:
+    with optimizer_steps() as steps:
         ppo.main(args)
-    finally:
-        hook.remove()
     assert len(steps) == 4 and len(rewards) == len(advantages) == 2 and len(losses) == 8
     call, ((_, old_values, mask, *_), _) = rewards[1][0], advantages[1]  # the second update: pi is not pi_ref
     assert torch.where(mask, call[1] - call[2], 0.0).abs().max() > 1e-3
@@ -676,40 +749,43 @@ def test_an_update_by_loops_over_single_rows(tiny, watch, double, critic, norm_a
     want = (raw - tokens.mean()) / tokens.std(correction=0) if norm_adv else raw
     assert (old_values == 0).all() == (critic == "none")
 
-    parameters, gradients = steps[2]
-    calls = [inputs for inputs, _ in scored if inputs[0].training][4:]  # the policy's, not the reference's
-    batch, numbers = calls[0][1], torch.cat([inputs[2] for inputs in calls])
-    assert sorted(numbers.tolist()) == list(range(8)) and numbers.tolist() != list(range(8))  # each once, shuffled
-    for k, inputs in enumerate(calls):
+    calls = trained[4:]  # the row numbers of each micro-batch
+    numbers = torch.cat(calls)
+    assert len(calls) == 4 and sorted(numbers.tolist()) == list(range(8)) and numbers.tolist() != list(range(8))
+    for k, index in enumerate(calls):  # each once, shuffled
         (_, old, advantage, m, _), _ = losses[4 + k]
-        index = inputs[2]
-        assert torch.equal(old, call[1][index]) and torch.equal(m, mask[index])
-        assert (torch.where(m, advantage - want[index], 0.0)).abs().max() < 1e-6
+        T = m.shape[1]  # what was cut off is padding
+        assert torch.equal(old, call[1][index, :T]) and torch.equal(m, mask[index, :T]) and not mask[index, T:].any()
+        assert (torch.where(m, advantage - want[index, :T], 0.0)).abs().max() < 1e-6
         if critic != "none":
             (_, old, target, *_), _ = value_losses[4 + k]
-            assert torch.equal(old, old_values[index])
-            assert torch.where(m, target - returns[index], 0.0).abs().max() < 1e-9
+            assert torch.equal(old, old_values[index, :T])
+            assert torch.where(m, target - returns[index, :T], 0.0).abs().max() < 1e-9
 
     policy = loaded[0][1][0]
     value = None if critic == "none" else load(args)[2]
-    rows = numbers[:4].tolist()
-    count = sum(len(batch["responses"][j]) for j in rows)
-    for part, weights, gradient in zip([policy, value], parameters, gradients):
+    parts = [policy] if value is None else [policy, value]
+    sizes = [len(list(part.parameters())) for part in parts]
+    parameters, gradients = steps[2]
+    assert sum(sizes) == len(parameters)
+    rows, texts = numbers[:4].tolist(), rows_of(rollouts[2][1][0])  # behind the evaluation and the first update
+    count = sum(len(texts[j][1]) for j in rows)
+    for k, part in enumerate(parts):
+        mine = slice(sum(sizes[:k]), sum(sizes[: k + 1]))
         with torch.no_grad():
-            for p, weight in zip(part.parameters(), weights):
+            for p, weight in zip(part.parameters(), parameters[mine]):
                 p.copy_(weight)
         part.eval().zero_grad()  # without the dropout that a TokenClassification class has before its head
         for j in rows:
-            prompt, response = batch["prompts"][j], batch["responses"][j]
+            prompt, response = texts[j]
             out = part(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             for t, token in enumerate(response):
                 if part is policy:
-                    loss = -want[j, t] * torch.log_softmax(out[t], -1)[token]
+                    loss = -want[j, len(prompt) + t] * torch.log_softmax(out[t], -1)[token]
                 else:
-                    loss = (out[t, 0] - returns[j, t]).square() / 2
+                    loss = (out[t, 0] - returns[j, len(prompt) + t]).square() / 2
                 (loss / count).backward(retain_graph=True)
-        error = [(p.grad - g).norm() if g is not None else p.grad.norm()
-                 for p, g in zip(part.parameters(), gradient) if p.grad is not None]  # fmt: skip
+        error = [(p.grad - g).norm() for p, g in zip(part.parameters(), gradients[mine]) if p.grad is not None]
         size = torch.stack([p.grad.norm() for p in part.parameters() if p.grad is not None]).norm()
         assert torch.stack(error).norm() < 1e-6 * size and size > 1e-3
 
@@ -718,16 +794,12 @@ def test_micro_batches_change_no_gradient_and_no_metric(tiny, watch, double, tmp
     """Guard: micro-batch invariance, of all optimizer steps of an update, in float64."""
     losses, returns, seen = watch("ppo_loss"), watch("gae"), {}
     for micro in (4, 2, 1):
-        steps = []
-        hook = register_optimizer_step_pre_hook(lambda optimizer, *_, steps=steps: steps.append(torch.cat(
-            [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]
-             if p.grad is not None])))  # fmt: skip
-        try:
-            first = len(losses)
+        first = len(losses)
+        with optimizer_steps() as seen_steps:
             metrics = ppo.main(tiny(micro_batch_size=micro, max_grad_norm=1e9, output_dir=str(tmp_path / f"{micro}")))
-        finally:
-            hook.remove()
-        used = torch.cat([inputs[2] for inputs, _ in losses[first:]])
+        steps = [vector(gradients) for _, gradients in seen_steps]
+        used = torch.cat([advantages[m] for (_, _, advantages, m, _), _ in losses[first:]])
+        assert all((advantages[~m] == 0).all() for (_, _, advantages, m, _), _ in losses[first:])
         del metrics["tokens_per_second"], metrics["policy/logprob_gap"]
         seen[micro] = steps, used, metrics
         mask = returns[-1][0][2]
@@ -742,7 +814,7 @@ def test_micro_batches_change_no_gradient_and_no_metric(tiny, watch, double, tmp
 
 def test_metrics_of_an_update_by_loops(tiny, watch):
     """Means over all tokens of all epochs, from what the loss functions got, token by token."""
-    losses, values, scored = watch("ppo_loss"), watch("value_loss"), watch("response_logprobs")
+    losses, values, scored = watch("ppo_loss"), watch("value_loss"), watch("sequence_logprobs")
     gaes = watch("gae")
     got = ppo.main(tiny(micro_batch_size=2, learning_rate=2e-2, clip_coef=0.05, clip_coef_value=0.05))
     terms = {name: [] for name in ("loss/policy", "policy/clipfrac", "policy/approx_kl", "val/ratio",
@@ -771,6 +843,14 @@ def test_metrics_of_an_update_by_loops(tiny, watch):
     (_, old_values, mask, *_), (_, returns) = gaes[0]
     left = (returns - old_values)[mask].square().mean() / returns[mask].var(correction=0)
     assert got["val/explained_variance"] == pytest.approx(1 - left.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_equal_returns_leave_no_variance_to_explain(tiny, folders, watch):
+    """A reward of 0 for every response of an update, as a verifiable reward's may be, is no reason to stop."""
+    gaes = watch("gae")
+    metrics = ppo.main(tiny(reward=(f"{folders}/reward.py:nothing",), critic="none", kl_coef=0.0, missing_eos_penalty=0.0))
+    assert (gaes[0][1][1] == 0).all() and metrics["val/explained_variance"] == 0
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -821,35 +901,12 @@ def test_responses_are_never_tokenized_again(tiny, monkeypatch, tmp_path):
 V, T, BETA = 4, 3, 0.5
 
 
-def all_responses(eos):
-    """(tokens, mask), (S, 3) each: the 64 responses of three tokens; with an EOS the 40 that end at it or there."""
-    rows = {row[: row.index(eos) + 1] if eos in row else row for row in itertools.product(range(V), repeat=T)}
-    rows = sorted(rows)
-    tokens = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows])
-    return tokens, torch.arange(T) < torch.tensor(list(map(len, rows)))[:, None]
-
-
-class Tabular(torch.nn.Module):
-    """An autoregressive policy with free logits behind each prefix."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.logits = torch.nn.ParameterList(noise(V**t, V, seed=seed + t) for t in range(T))
-
-    def forward(self, tokens):
-        result, prefix = [], torch.zeros(len(tokens), dtype=torch.long)
-        for t in range(T):
-            result.append(torch.log_softmax(self.logits[t], -1)[prefix, tokens[:, t]])
-            prefix = prefix * V + tokens[:, t]
-        return torch.stack(result, 1)  # log pi(y_t | y_<t), also of tokens behind the end
-
-
 class World:
     """A reference, a score for each response, and the closed-form optimum pi* = pi_ref exp(r / beta) / Z."""
 
     def __init__(self, eos=None):
-        self.tokens, self.mask = all_responses(eos)
-        self.scores, self.reference = noise(len(self.tokens), seed=50), Tabular(20)(self.tokens).detach()
+        self.tokens, self.mask = all_responses(V, T, eos)
+        self.scores, self.reference = noise(len(self.tokens), seed=50), Tabular(V, T, 20)(self.tokens).detach()
         self.optimum = torch.log_softmax(self.total(self.reference) + self.scores / BETA, 0)
 
     def total(self, logprobs):
@@ -888,7 +945,7 @@ class World:
         return result
 
     def fit(self, steps=300, **options):
-        policy = Tabular(20)  # from the reference; a short memory, since gradients of rare tokens fall fast
+        policy = Tabular(V, T, 20)  # from the reference; a short memory, since gradients of rare tokens fall fast
         optimizer = torch.optim.Adam(policy.parameters(), lr=0.1, betas=(0.9, 0.9), eps=1e-15)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
@@ -902,15 +959,10 @@ class World:
         return (total.exp() * (total - self.optimum)).sum()
 
 
-def flat(policy, value):
-    gradients = torch.autograd.grad(value, list(policy.parameters()), retain_graph=True, materialize_grads=True)
-    return torch.cat([g.flatten() for g in gradients])
-
-
 @pytest.mark.parametrize("eos", [None, 2])
 def test_the_expected_gradient_is_that_of_the_objective(eos):
     """grad E[loss] = -grad (E[r] - beta KL), for no values, for any values at lambda 1, and for exact ones at any."""
-    world, policy = World(eos), Tabular(3)
+    world, policy = World(eos), Tabular(V, T, 3)
     total = world.total(policy(world.tokens))
     assert total.exp().sum().item() == pytest.approx(1.0) and len(total) == (64 if eos is None else 40)
     want = -flat(policy, world.objective(total))
@@ -936,7 +988,7 @@ def test_ppo_reaches_the_optimum_of_the_objective(eos):
     world = World(eos)
     got = world.fit()
     assert (got - world.optimum).abs().max() < 1e-3 and BETA * world.kl_to_optimum(got) < 1e-9
-    other = world.total(Tabular(9)(world.tokens)).detach()
+    other = world.total(Tabular(V, T, 9)(world.tokens)).detach()
     for total in (got, other, world.total(world.reference)):
         gap = world.objective(world.optimum) - world.objective(total)
         assert gap.item() == pytest.approx(BETA * world.kl_to_optimum(total).item(), abs=1e-12)
@@ -954,7 +1006,7 @@ def test_controls_do_not_reach_it():
 def test_reinforce_on_samples_is_within_its_confidence_interval():
     """20,000 responses, no critic: the mean gradient against the enumerated one, by its exact covariance, in all
     coordinates whose token is drawn a hundred times. Without the KL in the reward the same samples are far off."""
-    world, policy, n = World(2), Tabular(3), 20_000
+    world, policy, n = World(2), Tabular(V, T, 3), 20_000
     total = world.total(policy(world.tokens))
     want, probability = -flat(policy, world.objective(total)), total.detach().exp()
     drawn = torch.multinomial(probability, n, replacement=True, generator=torch.Generator().manual_seed(7))
@@ -978,40 +1030,19 @@ def test_reinforce_on_samples_is_within_its_confidence_interval():
 
 # ---- It learns, and learns nothing from noise ----
 
-REWARD = """
-import random
-draw = random.Random(0)
-
-def fraction(completions, **columns):
-    return [text.split().count("w23") / 8 for text in completions]
-
-def shuffled(completions, **columns):
-    return draw.sample(fraction(completions), len(completions))
-
-def flipped(completions, **columns):
-    return [-x for x in fraction(completions)]
-"""
-
-
 @pytest.mark.parametrize("kind", ["llama"], indirect=True)
-def test_it_learns_from_rewards_and_nothing_from_noise(tiny, tmp_path):
+def test_it_learns_from_rewards_and_nothing_from_noise(tiny, folders, tmp_path):
     """Share of one word: from 0.01 to above 0.75 in 30 updates; with rewards shuffled over the rows it stays, and with
     their sign flipped it falls."""
-    config = make_model("llama").config
-    config.num_hidden_layers, model = 2, str(tmp_path / "model")
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(model)
-    word_tokenizer().save_pretrained(model)
-    (tmp_path / "reward.py").write_text(REWARD)
-    share = {}
-    for name in ("fraction", "shuffled", "flipped"):
-        metrics = ppo.main(tiny(
-            model=model, reward=f"{tmp_path}/reward.py:{name}", critic="none", total_episodes=960, batch_size=32,
+
+    def run(name, model, output_dir):
+        return ppo.main(tiny(
+            model=model, reward=(f"{folders}/reward.py:{name}",), critic="none", total_episodes=960, batch_size=32,
             num_minibatches=1, update_epochs=1, micro_batch_size=32, max_new_tokens=8, learning_rate=3e-3,
             anneal_lr=False, kl_coef=0.0, missing_eos_penalty=0.0, gae_lambda=1.0, eval_samples=256,
-            output_dir=str(tmp_path / name)))  # fmt: skip
-        first = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
-        share[name] = [abs(x["eval/objective/scores"]) for x in (first, metrics)]
+            output_dir=output_dir))  # fmt: skip
+
+    share = shares_of_a_word(run, tmp_path, "eval/objective/scores")
     assert all(0.005 < before < 0.02 for before, _ in share.values())
     assert share["fraction"][1] > 0.75 and share["shuffled"][1] < 0.02
     assert share["flipped"][1] < share["flipped"][0] / 2

@@ -14,7 +14,8 @@ import pytest
 import reward_model
 import torch
 import transformers
-from common import check_model, encode, masked_whiten, read_rows, token_values
+from common import (
+    check_model, encode, load_prompts, load_reward, masked_whiten, pad, read_rows, token_values)  # fmt: skip
 from conftest import CHAT_TEMPLATE, flat_gradient, make_model, ragged_rows
 from reward_model import bradley_terry_loss, calibration, load_comparisons, plackett_luce_loss
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -555,16 +556,16 @@ def test_ppo_gets_rewards_and_a_critic_of_mean_0(finished):
     """On token ids, in ragged micro-batches, and the critic's value at the last token is the reward."""
     _, tokenizer = load(finished)
     args = ppo.Args(reward=str(finished.run / "model"), micro_batch_size=3, device="cpu")
-    score, model = ppo.load_reward(args.reward, tokenizer, [EOS], args, CPU, nullcontext)
+    score, model = load_reward(args.reward, tokenizer, [EOS], args, CPU, nullcontext)
     rows = [{"prompt": prompt, "_where": ""} for prompt, _ in finished.held_out]
-    prompts = [ids for _, ids in ppo.load_prompts(tokenizer, rows, [EOS], 512)]
+    prompts = [ids for _, ids in load_prompts(tokenizer, rows, [EOS], 512)]
     responses = [tokenizer(text, add_special_tokens=False)["input_ids"] + [EOS] for _, text in finished.held_out]
     got, shift = score(rows, prompts, responses), model.config.reward_mean
     assert abs(got.mean()) < 1e-5
     assert got.tolist() == pytest.approx([value - shift for value in own_scores(finished)], abs=1e-5)
     critic = ppo.load_critic(args, None, model, CPU)
-    input_ids, _ = ppo.collate(prompts, responses, CPU)
-    last = torch.tensor([len(x) + len(y) - 1 for x, y in zip(prompts, responses)])
+    whole = [x + y for x, y in zip(prompts, responses)]
+    input_ids, last = pad(whole, CPU), torch.tensor([len(ids) - 1 for ids in whole])
     values = token_values(critic, input_ids).detach()[torch.arange(14), last]
     assert values.tolist() == pytest.approx(got.tolist(), abs=1e-5)
 
@@ -605,7 +606,8 @@ def test_a_shift_of_reward_and_critic_changes_no_advantage(gae_lambda):
     """
     generator = torch.Generator().manual_seed(6)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    mask = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]  # (3, 7)
+    first, length = torch.tensor([[0], [3], [2]]), torch.tensor([[7], [1], [4]])
+    mask = (torch.arange(7) >= first) & (torch.arange(7) < first + length)  # (3, 7), behind prompts of 0, 3 and 2 tokens
     scores, values, logprobs, ref_logprobs = draw(3), draw(3, 7), draw(3, 7), draw(3, 7)
 
     def advantages(shift, critic_shift, gamma=1.0):
@@ -644,7 +646,8 @@ def test_new_head(tokenizer, tmp_path, kind):
     model, *_ = reward_model.load_reward_model(folder, reward_model.Args(seed=1, device="cpu"), CPU)
     assert torch.equal(model.score.weight, heads[0]) and model.score.bias is None
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(heads, 2))
-    heads = torch.cat(heads)  # (10, 64)
+    heads = torch.cat(heads)
+    assert heads.shape == (10, 64)  # one label
     assert heads.std().item() == pytest.approx(65**-0.5, rel=0.1) and abs(heads.mean()) < 3 * 65**-0.5 / 640**0.5
 
 
@@ -787,7 +790,7 @@ def test_rows_are_the_prompt_as_elsewhere_a_completion_and_one_eos(tokenizer, en
     assert all(ids.count(1) == 1 and ids.count(EOS) == 1 for ids in rows)
     demonstration = {"prompt": row["prompt"], "completion": "hello", "_where": ""}
     assert [rows[0]] == [ids for ids, _ in encode(tokenizer, [demonstration], [EOS], 512)]
-    ((_, ids),) = ppo.load_prompts(tokenizer, [demonstration], [EOS], 512)
+    ((_, ids),) = load_prompts(tokenizer, [demonstration], [EOS], 512)
     assert ids == prompt
 
 
@@ -815,7 +818,7 @@ def test_truncation_keeps_the_eos(tokenizer, capsys):
     for extra in (2, 3, 5):
         ((cut, other),) = (rows for rows, *_ in comparisons_of(tokenizer, [row], max_length=prompt + extra))
         assert cut == full[: prompt + extra - 1] + [EOS] and other[:prompt] == full[:prompt] and other[-1] == EOS
-        assert "were cut to --max-length" in capsys.readouterr().out
+        assert f"cut to --max-length {prompt + extra}\n" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         comparisons_of(tokenizer, [row], max_length=prompt)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from common import sample, sequence_logprobs
-from conftest import VOCABULARY, make_model
+from common import ended, responses_of, sample, sequence_logprobs
+from conftest import VOCABULARY, make_model, sampled
 from sft import collate
 
 PROMPTS = [
@@ -19,11 +19,62 @@ def completions(tokens, lengths):
     return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
 
 
+def drawn(*arguments, **options):
+    """sample() with its responses left-aligned: tokens (B, R), log-probs (B, R), lengths (B,)."""
+    return sampled(sample(*arguments, **options))
+
+
+@pytest.mark.parametrize("max_new_tokens", [20, 3, 1])
+def test_a_batch_has_prompt_response_and_zeros_in_this_order(model, max_new_tokens):
+    """Row by row, against the lists of ids; ragged in prompts and in responses."""
+    prompts = PROMPTS * 6
+    batch = sample(model, prompts, max_new_tokens, [2, 3, 4], seed=1, batch_size=7)
+    responses, finished = responses_of(batch), ended(batch, [2, 3, 4]).tolist()
+    T = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
+    assert list(batch) == ["input_ids", "mask", "logprobs"]
+    assert [x.shape for x in batch.values()] == [(24, T)] * 3
+    assert [x.dtype for x in batch.values()] == [torch.long, torch.bool, torch.float32]
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        P, R = len(prompt), len(response)
+        behind = T - P - R
+        assert batch["input_ids"][i].tolist() == prompt + response + [0] * behind
+        assert batch["mask"][i].tolist() == [False] * P + [True] * R + [False] * behind
+        logprobs = batch["logprobs"][i]
+        assert (logprobs[P : P + R] < 0).all()
+        assert (logprobs[:P] == 0).all() and (logprobs[P + R :] == 0).all()
+        assert 1 <= R <= max_new_tokens
+        assert finished[i] == (response[-1] in (2, 3, 4)) and (finished[i] or R == max_new_tokens)
+        assert not set(response[:-1]) & {2, 3, 4}
+    if max_new_tokens == 20:
+        assert any(finished) and not all(finished)
+
+
+def test_it_leaves_the_training_mode_and_the_random_state_as_they_were(model):
+    for training in (True, False):
+        model.train(training)
+        state = torch.get_rng_state()
+        sample(model, PROMPTS, 3, [2])
+        assert model.training == training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_ended_looks_at_the_last_token_of_the_response_alone():
+    """Cut responses, one EOS of several, an EOS in the prompt, in the padding and within the response."""
+    batch = {
+        "input_ids": torch.tensor([[1, 5, 6, 2, 0], [1, 2, 6, 7, 8], [1, 5, 3, 2, 2], [1, 2, 7, 2, 2], [1, 9, 2, 7, 0]]),
+        "mask": torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [0, 1, 1, 1, 0]]) > 0,
+    }
+    assert ended(batch, [2]).tolist() == [True, False, False, False, False]
+    assert ended(batch, [2, 3]).tolist() == [True, False, True, False, False]
+    assert ended(batch, [7, 8]).tolist() == [False, True, False, True, True]
+    assert ended(batch, []).tolist() == [False] * 5
+    assert responses_of(batch) == [[6, 2], [6, 7, 8], [3], [7], [9, 2, 7]]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_of_the_sampler_equal_those_of_the_training_forward(model, temperature):
     """Guard: generate and recompute, with ragged prompts on the left and right padding in training."""
     prompts = PROMPTS * 6
-    tokens, logprobs, lengths = sample(model, prompts, 20, [2, 3, 4], temperature, seed=1)
+    tokens, logprobs, lengths = drawn(model, prompts, 20, [2, 3, 4], temperature, seed=1)
     assert lengths.min() < 20 and lengths.max() == 20  # some rows end, some do not
     rows = [
         (prompt + row, [False] * len(prompt) + [True] * len(row))
@@ -43,7 +94,7 @@ def test_in_16_bit_the_sampler_and_scoring_round_alike(model, weights, autocast)
     model's own head would round its logits to bf16, 0.03 nats off."""
     model = model.to(getattr(torch, weights))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        tokens, logprobs, _ = sample(model, [PROMPTS[1]], 1, [2], seed=1)
+        tokens, logprobs, _ = drawn(model, [PROMPTS[1]], 1, [2], seed=1)
         row = PROMPTS[1] + tokens[0].tolist()
         mask = torch.arange(len(row))[None] >= len(row) - 1
         again = sequence_logprobs(model, torch.tensor([row]), mask)[0, -1]
@@ -52,26 +103,26 @@ def test_in_16_bit_the_sampler_and_scoring_round_alike(model, weights, autocast)
 
 
 def test_greedy_output_is_that_of_generate(model):
-    tokens, _, lengths = sample(model, PROMPTS, 12, [2], temperature=0)
+    tokens, _, lengths = drawn(model, PROMPTS, 12, [2], temperature=0)
     for prompt, got in zip(PROMPTS, completions(tokens, lengths)):
         out = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2)
         assert out[0, len(prompt) :].tolist() == got
 
 
 def test_batches_and_neighbours_change_no_sample(model):
-    together = sample(model, PROMPTS * 3, 9, [2], seed=5)
-    apart = sample(model, PROMPTS * 3, 9, [2], seed=5, batch_size=5)
+    together = drawn(model, PROMPTS * 3, 9, [2], seed=5)
+    apart = drawn(model, PROMPTS * 3, 9, [2], seed=5, batch_size=5)
     assert torch.equal(together[0], apart[0]) and torch.allclose(together[1], apart[1], atol=1e-4)
-    other = sample(model, PROMPTS * 3, 9, [2], seed=6)
+    other = drawn(model, PROMPTS * 3, 9, [2], seed=6)
     assert completions(other[0], other[2]) != completions(together[0], together[2])
 
 
 def test_a_poisoned_generation_config_has_no_effect(model):
-    want = sample(model, PROMPTS, 9, [2], seed=5)
+    want = drawn(model, PROMPTS, 9, [2], seed=5)
     model.generation_config = transformers.GenerationConfig(
         top_k=5, top_p=0.5, repetition_penalty=1.3, min_new_tokens=5, do_sample=True, temperature=0.1
     )
-    got = sample(model, PROMPTS, 9, [2], seed=5)
+    got = drawn(model, PROMPTS, 9, [2], seed=5)
     assert torch.equal(want[0], got[0])
 
 
@@ -79,7 +130,7 @@ def test_first_tokens_follow_the_distribution():
     """A chi-square test of 20,000 first tokens over a peaked softmax; temperature must count."""
     model, n = make_model("llama"), 20_000
     for temperature in (1.0, 0.5):
-        tokens, *_ = sample(model, [[1, 5, 9]] * n, 1, [2], temperature, seed=3, batch_size=n)
+        tokens, *_ = drawn(model, [[1, 5, 9]] * n, 1, [2], temperature, seed=3, batch_size=n)
         with torch.no_grad():
             p = torch.softmax(model(torch.tensor([[1, 5, 9]])).logits[0, -1].double() / temperature, -1)
         counts = torch.bincount(tokens[:, 0], minlength=VOCABULARY).double()
@@ -94,20 +145,17 @@ def test_first_tokens_follow_the_distribution():
 
 
 def test_rows_of_one_prompt_differ_from_the_first_token_on():
-    tokens, *_ = sample(make_model("llama"), [[1, 5, 9]] * 64, 4, [2], temperature=3.0, seed=1)
+    tokens, *_ = drawn(make_model("llama"), [[1, 5, 9]] * 64, 4, [2], temperature=3.0, seed=1)
     assert len(set(tokens[:, 0].tolist())) > 20
 
 
 def test_ends_at_the_first_eos_of_several_and_not_at_one_in_the_prompt(model):
-    free, _, lengths = sample(model, PROMPTS, 30, [], seed=2)
+    free, _, lengths = drawn(model, PROMPTS, 30, [], seed=2)
     assert (lengths == 30).all()
     stops = [free[0, 3].item(), free[1, 7].item()]
-    tokens, _, lengths = sample(model, PROMPTS, 30, stops, seed=2)
+    tokens, _, lengths = drawn(model, PROMPTS, 30, stops, seed=2)
     for i, row in enumerate(free.tolist()):
         want = next((t + 1 for t, token in enumerate(row) if token in stops), 30)
         assert lengths[i] == want and tokens[i, :want].tolist() == row[:want]
     short, long = [1, 5], [1] + [5] * 25
-    assert sample(model, [short, long], 12, [], seed=0)[2].tolist() == [
-        12,
-        12,
-    ]  # the budget excludes the prompt
+    assert drawn(model, [short, long], 12, [], seed=0)[2].tolist() == [12, 12]  # the budget excludes the prompt

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from common import exact_kl, head_of, kl_estimate, masked_mean, masked_whiten
-from conftest import make_model, ragged_rows
+from common import head_of, kl_estimate, masked_mean, masked_whiten, sample
+from conftest import VOCABULARY, make_model, ragged_rows
+from frontier import exact_kl, kl_to
 from sft import collate
 
 K = 5
@@ -101,6 +102,35 @@ def test_exact_kl_is_fp32_whatever_the_weights_and_the_autocast():
         assert (exact_kl(hidden, head, ref_hidden, head) - want).abs().max() < 1e-4
 
 
+def test_exact_kl_of_a_forbidden_token_is_finite():
+    """A token of probability 0 under both adds 0, not 0 (-inf + inf)."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = torch.randn(2, 3, 8, generator=generator)
+    weight, bias = torch.randn(6, 8, generator=generator), torch.zeros(6)
+    bias[2] = -torch.inf
+    head = {"weight": weight, "bias": bias, "scale": 1.0, "softcap": None}
+    kept = [0, 1, 3, 4, 5]
+    p, q = (torch.log_softmax(h.double() @ weight[kept].double().T, -1) for h in (hidden, ref_hidden))
+    assert close(exact_kl(hidden, head, ref_hidden, head), (p.exp() * (p - q)).sum(-1), 1e-5)
+
+
+def test_the_kl_along_a_response_is_the_sum_of_its_tokens(model):
+    """Against a loop over the rows, with prompts and responses of all lengths, whatever the micro-batch."""
+    reference = make_model("gpt2", seed=7)
+    prompts = [[1, 5, 9], [1, 4, 7, 20, 33, 8, 11, 50], [1, 30]] * 4
+    batch = sample(model, prompts, 12, list(range(2, VOCABULARY, 6)), seed=1)
+    want = []
+    for ids, mask in zip(batch["input_ids"], batch["mask"]):
+        first, end = mask.nonzero()[0].item(), mask.nonzero()[-1].item() + 1
+        p, q = (torch.log_softmax(m(ids[None, :end]).logits[0, first - 1 : end - 1].double(), -1) for m in (model, reference))
+        want.append((p.exp() * (p - q)).sum())
+    want = torch.stack(want)
+    assert batch["mask"].sum(1).unique().numel() > 3 and want.min() > 0.1
+    for size in (1, 5, 12):
+        assert close(kl_to(model, reference, batch, size), want, 1e-4)
+    assert kl_to(model, model, batch, 5).abs().max() == 0
+
+
 def test_masked_mean_and_whiten_numbers():
     mask = torch.tensor([True, True, False])
     assert masked_mean(torch.tensor([1.0, 2.0, 99.0]), mask) == 1.5
@@ -108,9 +138,7 @@ def test_masked_mean_and_whiten_numbers():
     x, mask = torch.tensor([[1.0, 2.0, 7.0], [3.0, 4.0, -9.0]]), torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()
     want = torch.tensor([[-1.3416408, -0.4472136, 0.0], [0.4472136, 1.3416408, 0.0]])
     assert torch.allclose(masked_whiten(x, mask), want)
-    unshifted = masked_whiten(x, mask, shift_mean=False)
-    assert masked_mean(unshifted, mask).item() == pytest.approx(2.5)
-    assert torch.allclose(unshifted[mask] - 2.5, want[mask])
+    assert (masked_whiten(torch.full((2, 3), 7.0), mask) == 0).all()  # no deviation, no division by 0
 
 
 @pytest.mark.parametrize("poison", [1e4, torch.inf, -torch.inf, torch.nan])

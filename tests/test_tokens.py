@@ -328,14 +328,15 @@ def test_the_embedded_tokenizer_is_lossless():
 
 
 def test_dropout_is_off_and_weights_are_fp32_whatever_the_checkpoint_says(tmp_path, bpe_tokenizer):
+    from common import load_model
     from conftest import make_model
-    from sft import Args, load_model
+    from sft import Args
 
     for kind in ("llama", "gpt2"):
         folder = str(tmp_path / kind)
         make_model(kind, dropout=0.3).bfloat16().save_pretrained(folder)
         bpe_tokenizer.save_pretrained(folder)
-        model, _, eos_ids = load_model(Args(model=folder), torch.device("cpu"))
+        model, _, eos_ids = load_model(folder, Args(), torch.device("cpu"))
         ids = torch.tensor([[5, 6, 7, 8]])
         assert model.training and {p.dtype for p in model.parameters()} == {torch.float32}
         assert torch.equal(model(ids).logits, model(ids).logits) and eos_ids == [2]
