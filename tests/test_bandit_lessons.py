@@ -385,6 +385,7 @@ def test_picture(name, runs, monkeypatch):
 
 
 def test_picture_of_what_is_no_run(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     folder = tmp_path / "run"
     refused(["--picture", str(folder), "finished run"], capsys, picture=str(folder))
     folder.mkdir()
