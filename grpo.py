@@ -285,7 +285,8 @@ def main(args: Args) -> dict:
         if args.drop_zero_std:
             kept = kept[~equal.repeat_interleave(G)]
         if args.kl_in == "reward":
-            kl = kl_estimate(batch["logprobs"], batch["ref_logprobs"], kl_estimator)  # (B, T), 0 off the mask
+            kl = kl_estimate(batch["logprobs"], batch["ref_logprobs"], kl_estimator)
+            kl = torch.where(mask, kl, 0.0)  # (B, T)
             groups = groups - args.kl_coef * kl.sum(1).view(-1, G)
         advantages = group_advantages(groups, args.baseline, args.scale_rewards).view(-1)  # (B,)
 

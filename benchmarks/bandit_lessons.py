@@ -233,12 +233,13 @@ def draw_picture(run):
         import matplotlib.pyplot as plt
     except ImportError:
         fail("--picture needs `pip install matplotlib`")
+    columns = {}
     try:
         board = json.loads((run / "leaderboard.json").read_text())
         metrics = json.loads((run / "metrics.json").read_text())
         beta = json.loads((run / "args.json").read_text())["beta"]
-        arms, r, low, high, pi_ref = (
-            [row[key] for row in board] for key in ("arm", "reward", "low", "high", "pi_ref"))
+        for key in ("arm", "reward", "low", "high", "pi_ref"):
+            columns[key] = [row[key] for row in board]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--picture {run}: not the folder of a finished run of bandit_bt.py: {error!r}")
     plt.rcParams["text.parse_math"] = False  # a name may hold a $
@@ -246,16 +247,16 @@ def draw_picture(run):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
 
     places = range(len(board))
-    left.hlines(places, low, high)
-    left.plot(r, places, "o", markersize=4, label="fitted, with its 95 % interval (bootstrap)")
+    left.hlines(places, columns["low"], columns["high"])
+    left.plot(columns["reward"], places, "o", markersize=4, label="fitted, with 95 % interval (bootstrap)")
     if "true" in board[0]:
         left.plot([row["true"] for row in board], places, "kx", markersize=5, label="true")
-    left.set_yticks(places, arms)
+    left.set_yticks(places, columns["arm"])
     left.set(xlabel="reward", title="leaderboard", ylim=(len(board), -1))
     left.legend(loc="lower right")
 
-    r = torch.tensor(r, dtype=torch.float64)
-    log_ref = torch.tensor(pi_ref, dtype=torch.float64).log()
+    r = torch.tensor(columns["reward"], dtype=torch.float64)
+    log_ref = torch.tensor(columns["pi_ref"], dtype=torch.float64).log()
     frontier = []
     for scale in torch.logspace(-1.5, 1.5, 100):
         best = optimum(r, log_ref, scale * beta)

@@ -897,7 +897,7 @@ def canned(double, tiny, monkeypatch):
         defaults = {"learning_rate": 0.0, "clip_coef_high": 0.28, "max_grad_norm": 1e9, "update_epochs": 1,
                     "total_episodes": 24, "max_new_tokens": 11}  # fmt: skip
         args = tiny(**{**defaults, **flags})
-        padding = math.nan if args.kl_in == "loss" else 0.0  # of the reward's KL a sum over columns is taken
+        padding = math.nan
         updates = [case.rollout(off, 3 * groups, padding) for off in (False, True)]
         evaluation = case.rollout(False, args.eval_samples, 0.0)
 
