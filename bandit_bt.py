@@ -305,7 +305,7 @@ def train_all(r, log_ref, i, j, args):
     train = lambda epochs, **options: train_policy(partial(loss, **options), log_ref, epochs, args)
     best, forward = optimum(*problem), forward_kl_optimum(*problem)
     scaled = forward
-    for _ in range(100):  # division by the standard deviation multiplies beta by it
+    for _ in range(60):  # division by the standard deviation multiplies beta by it
         _, std = advantages(r, scaled.exp())
         scaled = forward_kl_optimum(r, log_ref, args.beta * std)
     return {

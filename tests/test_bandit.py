@@ -855,6 +855,22 @@ def test_columns_of_policies(finished):
         assert metrics[f"{name}/regret"] == pytest.approx(lost, abs=1e-12)
 
 
+def test_ranks_are_rounded_outwards():
+    """Of 21 draws one has the arms the other way round: the 2.5 % and 97.5 % quantiles lie half way to it."""
+    resampled = torch.tensor([[1.0, -1.0]] * 20 + [[-3.0, 3.0]]).double()
+    r, errors = tensor(1, -1), tensor(0.1, 0.2)
+    rows = bt.leaderboard(["x", "y"], r, errors, resampled, {"votes": torch.tensor([5, 5])})
+    assert [tuple(row.values()) for row in rows] == [
+        (1, "x", 1.0, 0.1, -1.0, 1.0, 1, 2, 5), (2, "y", -1.0, 0.2, -1.0, 1.0, 1, 2, 5)]  # fmt: skip
+
+
+def test_equal_rewards_share_no_rank():
+    """Rows are numbered 1 to K whatever is equal."""
+    zeros = torch.zeros(3).double()
+    rows = bt.leaderboard(list("xyz"), zeros, zeros, torch.zeros(4, 3).double(), {})
+    assert [row["rank"] for row in rows] == [1, 2, 3] and sorted(row["arm"] for row in rows) == list("xyz")
+
+
 def test_what_is_printed(finished):
     """Each arm's line has its true reward beside the fitted one; the columns of policies are those of the file."""
     folder, metrics = finished
