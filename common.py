@@ -410,8 +410,8 @@ def explicit_pairs(rows):
         chosen, rejected = row["chosen"], row["rejected"]
         if {type(chosen), type(rejected)} not in ({str}, {list}):
             fail(f"{row['_where']}: chosen and rejected must both be text, or both lists of messages")
-        same = [a == b for a, b in zip(chosen, rejected)]  # characters, or messages
-        prompt = chosen[: [*same, False].index(False)]
+        shared = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected))  # characters, or messages
+        prompt = chosen[: len(list(shared))]
         if isinstance(chosen, str):
             prompt = "".join(prompt.rpartition("\n\nAssistant:")[:2])
         else:
