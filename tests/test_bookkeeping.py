@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 from conftest import CHAT_TEMPLATE, double_loads, naive_logprobs
+from rl import rows_of
 from safetensors.torch import load_file
 from tiny_runs import (
     DATA, INERT, PARTS, PROMPT, SAMPLERS, SCRIPTS, STEPWISE, approx_rows, copy_model, count_tokens, nonzero, numbers,
-    option, read, responses_of, result, reward_specs, rows_of_rollout, scripts, timeless, trained_rows, write)
+    option, read, result, reward_specs, rows_of_rollout, scripts, timeless, trained_rows, write)
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
@@ -628,7 +629,7 @@ def test_kl_of_a_sample_is_that_from_the_start(script, go, starts, monkeypatch):
     samples = read(run / "samples.jsonl")[4:]
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     models = [script.load(folder) for folder in (starts / "run1", run)]
-    for sample, (prompt, response) in zip(samples, responses_of(batches[-1]), strict=True):
+    for sample, (prompt, response) in zip(samples, rows_of(batches[-1]), strict=True):
         assert tokenizer(sample["prompt"])["input_ids"] == prompt
         with torch.no_grad():
             logprobs = [naive_logprobs(model, prompt + response) for model in models]

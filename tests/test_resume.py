@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import (
-    INERT, SAMPLERS, SCRIPTS, Killed, approx_rows, as_flags, at_step, checkpoint_of, files_in, finisher,
+    INERT, SAMPLERS, SCRIPTS, Killed, approx_rows, as_flags, at_step, checkpoint_of, files_in,
     first_of, interrupt, kill, launch, option, read, result, reward_specs, run_python, scripts, trained_rows, write)
+
+import common
 
 LONG_RUN = {"epochs": 3, "eval_every": 2, "save_every": 2}  # 9 steps: 3 times 4, 4, 2 rows
 
@@ -126,7 +128,7 @@ def test_resume_after_a_kill_behind_the_last_step(script, tiny, go, whole, monke
     """The last checkpoint is that of the last step: only the evaluation and the model are missing."""
     flags = {**LONG_RUN, "save_every": 3}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(*finisher(script), lambda *_, **__: kill())
+        patch.setattr(common.Run, "finish", lambda *_, **__: kill())
         launch(script, tiny(**flags))
     assert result(go("run", **flags, resume=True)) == result(whole(**flags))
 

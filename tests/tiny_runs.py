@@ -218,24 +218,10 @@ def scripts(*names):
 # ---- Inside the scripts: what tests replace or look into ----
 
 
-def finisher(script) -> tuple[object, str]:
-    """(owner, name) of the function that writes model/, the sign that a run is finished."""
-    return common.Run, "finish"
-
-
 def rows_of_rollout(inputs) -> list[tuple[dict, list[int]]]:
     """Among the inputs of a `rollout`: (row, token ids of its prompt) of each response that is asked for."""
     rows = [x for x in inputs if isinstance(x, list) and isinstance(x[0], tuple) and isinstance(x[0][0], dict)]
     return rows[0]
-
-
-def responses_of(batch) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) of each row of a batch that `rollout` made."""
-    pairs = []
-    for ids, mask in zip(batch["input_ids"].tolist(), batch["mask"].tolist()):
-        first = mask.index(True)
-        pairs.append((ids[:first], ids[first : first + sum(mask)]))
-    return pairs
 
 
 def nonzero(row) -> tuple[float, ...]:
@@ -247,8 +233,7 @@ def nonzero(row) -> tuple[float, ...]:
 def trained(script, monkeypatch):
     """The models at the moment they are saved: trained["model"] and, of ppo.py, trained["critic"]."""
     seen = {}
-    owner, function = finisher(script)
-    finish, load_critic = getattr(owner, function), getattr(script.module, "load_critic", None)
+    finish, load_critic = common.Run.finish, getattr(script.module, "load_critic", None)
 
     def record_model(*inputs, **options):
         seen["model"] = next(x for x in inputs if isinstance(x, torch.nn.Module) and hasattr(x, "config"))
@@ -258,7 +243,7 @@ def trained(script, monkeypatch):
         seen["critic"] = load_critic(*inputs, **options)
         return seen["critic"]
 
-    monkeypatch.setattr(owner, function, record_model)
+    monkeypatch.setattr(common.Run, "finish", record_model)
     monkeypatch.setattr(script.module, "load_critic", record_critic, raising=False)
     return seen
 
