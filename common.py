@@ -7,10 +7,12 @@ size, V vocabulary. Log-probs, entropies and KL are in nats and in fp32 whatever
 """
 
 import contextlib
+import copy
 import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
 from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -317,7 +320,7 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
         score_reference = lambda mb: sequence_logprobs(
             reference, mb["input_ids"], mb["mask"], temperature=args.temperature)
         batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size)
-    scores = score(rows, prompts, responses_of(batch))  # NaN where a reward gives None
+    scores = score(rows, responses_of(batch))  # NaN where a reward gives None
     if scores.isnan().all(1).any():
         fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
     finished = ended(batch, eos_ids)
@@ -339,50 +342,59 @@ def blame(what, file=""):
     """Any error inside is bad input: a line with `what`, the error, and its line in the user's own `file`."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        ours = isinstance(error, KeyboardInterrupt) or getattr(error, "code", 0) == 2  # Ctrl-C, or `fail`
+        if ours or not (file or isinstance(error, (Exception, SystemExit))):
+            raise
         trace = traceback.extract_tb(error.__traceback__)
         places = [f"{file}:{frame.lineno}: " for frame in trace if frame.filename == os.path.abspath(file)]
         fail(f"{what}: {places[-1] if places else ''}{type(error).__name__}: {error}")
 
 # ---- Rows of text to tokens: a row is a dict of columns, and "_where" its origin, file:line ----
-def read_rows(path, split="train"):
-    """Rows of a .jsonl or .json file, or by the optional `datasets` package of a .parquet file or Hub id."""
-    file, rows = Path(path), []
-    if file.suffix in (".jsonl", ".json"):
-        with blame(path):
-            text = file.read_text(encoding="utf-8")
-            lines = text.split("\n")
-            if file.suffix == ".json" and text.lstrip().startswith("["):  # one list of all rows
-                lines = [json.dumps(row) for row in json.loads(text)]
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            with blame(f"{path}:{number}: not JSON"):
-                row = json.loads(line)
-            if not isinstance(row, dict):
-                fail(f"{path}:{number}: expected an object with named columns, found {line[:40]}")
-            rows.append((number, row))
-    elif file.suffix == ".parquet" or (path.count("/") == 1 and not file.parent.exists()):
+TEXTS = {"prompt", "completion", "chosen", "rejected", "messages", "text"}
+MEDIA = {"image", "images", "video", "videos", "audio"}
+
+def read_rows(path, *layouts, split="train"):
+    """Rows of a .jsonl or .json file, or by the optional `datasets` package of a .parquet file or Hub id.
+    Each needs the columns of one of the layouts, such as "prompt completion"."""
+    file, result = Path(path), []
+    if file.suffix == ".parquet" or (path.count("/") == 1 and not file.parent.exists()):
         with blame(f"{path} (.parquet files and Hub ids need `pip install datasets`)"):
             import datasets
             source = {"path": "parquet", "data_files": path} if file.suffix else {"path": path}
-            loaded = datasets.load_dataset(**source, split="train" if file.suffix else split)
-        rows = list(enumerate(loaded, 1))
+            rows = datasets.load_dataset(**source, split="train" if file.suffix else split)
     else:
-        fail(f"{path}: not a .jsonl, .json or .parquet file, nor a data set's Hub id (owner/name)")
-    return [{**row, "_where": f"{path}:{number}"} for number, row in rows] or fail(f"{path}: no rows")
+        with blame(f"{path}: neither a .jsonl, .json or .parquet file nor a data set's Hub id (owner/name)"):
+            text = file.read_text(encoding="utf-8-sig")
+            is_list = text.lstrip().startswith("[")  # of all rows
+            rows = json.loads(text) if is_list else text.split("\n")
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, str) and not row.strip():
+            continue
+        where = f"{path}:{number}"
+        with blame(f"{where}: expected a JSON object with named columns"):
+            row = dict(json.loads(row) if isinstance(row, str) else row)
+            json.dumps(row, ensure_ascii=False, default=str).encode()  # half of a surrogate pair is no text
+        if layouts and not any(row.keys() >= set(layout.split()) for layout in layouts):
+            fail(f"{where}: needs {' | '.join(layouts)}; has {sorted(row)}: see data/convert.py")
+        for name, value in row.items():
+            is_text = isinstance(value, str) and not re.match(r"\s*\[\s*{.?.(role|from)\b", value)
+            if name in TEXTS and not is_text and not isinstance(value, list) or name in MEDIA and value:
+                fail(f"{where}: {name}: only text, or a list of messages with role and content, can be used")
+        result.append({**row, "_where": where})
+    return result or fail(f"{path}: no rows")
 
-def split_rows(dataset, eval_dataset):
+def split_rows(dataset, eval_dataset, *layouts):
     """(training rows, held-out rows): of eval_dataset, x.test or x_test beside x, else 1 prompt in 20."""
-    rows, file = read_rows(dataset), Path(dataset)
+    rows, file = read_rows(dataset, *layouts), Path(dataset)
     for name in (file.name.replace("train", "test"), f"{file.stem}_test{file.suffix}"):
         if not eval_dataset and name != file.name and file.with_name(name).exists():
             eval_dataset = str(file.with_name(name))
     if eval_dataset:
-        return rows, read_rows(eval_dataset, "test")
+        return rows, read_rows(eval_dataset, *layouts, split="test")
     prompts = []
     for row in rows:  # what precedes the first answer
-        first = next((row[name] for name in ("prompt", "messages", "chosen", "text") if name in row), "")
+        first = next(row[name] for name in ("prompt", "messages", "chosen", "text") if name in row)
         if isinstance(first, list):
             first = list(takewhile(lambda message: "'role': 'assistant'" not in str(message), first))
         prompts.append(str(first).split("\n\nAssistant:")[0])
@@ -393,55 +405,69 @@ def split_rows(dataset, eval_dataset):
     train = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
     return train, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
 
-def columns_of(row):
-    """The names of the columns in the user's file."""
-    return sorted(name for name in row if not name.startswith("_"))
-
 def explicit_pairs(rows):
     """Give rows mu, 1 if absent, and the prompt that both sides share: messages, or text of "Assistant:"."""
     for row in rows:
+        where, chosen, rejected, prompt = row["_where"], row["chosen"], row["rejected"], row.get("prompt")
         mu = row.setdefault("mu", 1.0)
         if type(mu) not in (int, float) or not 0 <= mu <= 1:
-            fail(f"{row['_where']}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
-        if "chosen" not in row or "rejected" not in row:
-            fail(f"{row['_where']}: needs chosen and rejected; has {columns_of(row)}")
-        if "prompt" in row:
-            continue
-        chosen, rejected = row["chosen"], row["rejected"]
+            fail(f"{where}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
         if {type(chosen), type(rejected)} not in ({str}, {list}):
-            fail(f"{row['_where']}: chosen and rejected must both be text, or both lists of messages")
-        shared = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected))  # characters, or messages
-        prompt = chosen[: len(list(shared))]
-        if isinstance(chosen, str):
-            prompt = "".join(prompt.rpartition("\n\nAssistant:")[:2])
-        else:
-            prompt = prompt[: min(len(chosen), len(rejected)) - 1]  # the last message is the answer
-        if not prompt:
-            fail(f"{row['_where']}: no prompt column, and chosen and rejected share no beginning")
-        row.update(prompt=prompt, chosen=chosen[len(prompt) :], rejected=rejected[len(prompt) :])
+            fail(f"{where}: chosen and rejected must both be text, or both lists of messages")
+        if prompt is None or (type(prompt), type(chosen)) == (str, list):  # lists that repeat such a prompt
+            shared = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected))
+            prompt = chosen[: len(list(shared))]  # characters, or messages
+            if isinstance(chosen, str):
+                prompt = "".join(prompt.rpartition("\n\nAssistant:")[:2])
+            else:
+                prompt = prompt[: min(len(chosen), len(rejected)) - 1]  # the last message is the answer
+            if not prompt:
+                fail(f"{where}: no prompt column, and chosen and rejected share no beginning")
+        elif isinstance(prompt, str) and " " not in prompt:  # one word may begin both answers
+            continue
+        n = len(prompt)
+        if chosen[:n] == prompt == rejected[:n]:  # both repeat it
+            row.update(prompt=prompt, chosen=chosen[n:], rejected=rejected[n:])
+
+def renderer(tokenizer, row, messages):
+    """The chat template with the row's tools, messages -> text. Refused: what it would leave out."""
+    render = partial(tokenizer.apply_chat_template, tools=row.get("tools") or None, tokenize=False,
+                     date_string="26 Jul 2024")  # Llama 3's own, in place of today's date
+    with blame(f"{row['_where']}: expected messages with role and content that the chat template renders"):
+        marked = []
+        for i, message in enumerate(messages):
+            if isinstance(message["content"], list):  # of parts
+                message["content"] = "".join(part["text"] for part in message["content"])
+            if (tokenizer.eos_token or "\0") in message["role"] + message["content"]:
+                raise ValueError(f"message {i + 1} holds {tokenizer.eos_token}, which would end it")
+            marked.append({**message, "content": message["content"] + f"<{i}>"})
+        text = render(marked)
+        for i, message in enumerate(messages):
+            if f"<{i}>" not in text:
+                raise ValueError(f"message {i + 1}, of role {message['role']}, is left out")
+        if row.get("tools") and text == render(marked, tools=None):
+            raise ValueError("the tools are left out")
+    return render
 
 def segments_of(tokenizer, row, completion):
     """A row as [(text, trained?, chat?), ...]; a turn is what is rendered behind its generation prompt."""
     where = row["_where"]
-    layouts = [names for names in (["prompt", completion], ["messages"], ["text"]) if set(names) <= set(row)]
-    if not layouts:
-        fail(f"{where}: needs prompt and {completion}, messages or text; has {columns_of(row)}")
-    parts = [row[name] for name in layouts[0]]
+    layouts = ["prompt", completion], ["messages"], ["text"]
+    names = next(names for names in layouts if set(names) <= set(row))
+    parts = [row[name] for name in names]
     types = {type(part) for part in parts}
-    if types == {str}:
+    if types == {str} and names != ["messages"]:
         return [(part, k == len(parts) - 1, False) for k, part in enumerate(parts)]
     if types != {list}:
-        fail(f"{where}: {' and '.join(layouts[0])} must be text, or lists of messages with role and content")
-    if not tokenizer.chat_template:
-        fail(f"{where}: messages need a tokenizer with a chat template, and this one has none")
+        fail(f"{where}: {' and '.join(names)} must be text, or lists of messages with role and content")
     messages = sum(parts, [])
-    first = len(parts[0]) if len(parts) == 2 else 0  # the turns of a prompt are not trained
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    render = renderer(tokenizer, row, messages)
     segments, done = [], ""
+    first = len(parts[0]) if len(parts) == 2 else 0  # the turns of a prompt are not trained
     for i in range(first, len(messages)):
+        if messages[i]["role"] != "assistant":
+            continue
         with blame(f"{where}: the chat template refuses message {i + 1}"):
-            if messages[i]["role"] != "assistant":
-                continue
             before = render(messages[:i], add_generation_prompt=True)
             after = render(messages[: i + 1])
         if not (before.startswith(done) and after.startswith(before)):
@@ -450,16 +476,21 @@ def segments_of(tokenizer, row, completion):
         done = after
     return segments or fail(f"{where}: no assistant message to train on")
 
-def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
-    """Each row as (ids, trained), two lists of equal length that end with exactly one EOS. Its segments are
-    tokenized apart, behind a newline that is cut off again, as some tokenizers put a space before a text."""
-    bare = partial(tokenizer, add_special_tokens=False)
-    newline = bare("\n")["input_ids"]
+def words_of(tokenizer):
+    """(text or texts -> ids without special ones; the ids that it puts before a text: a BOS, or none)."""
+    bare = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
     marked = tokenizer("a")["input_ids"]
-    bos = marked[: marked.index(bare("a")["input_ids"][0])]
-    segments = [segments_of(tokenizer, row, completion) for row in rows]
+    return bare, marked[: marked.index(bare("a")[0])]
+
+def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
+    """Each row as (ids, trained), lists of one length that end with one EOS, untrained if the row was cut;
+    None if its prompt fills max_length. Its segments are tokenized apart, behind a newline that is cut off
+    again, as some tokenizers put a space before a text."""
+    bare, bos = words_of(tokenizer)
+    newline = bare("\n")
+    segments = [segments_of(tokenizer, row, completion) for row in tqdm(rows, "rows", delay=3, disable=None)]
     texts = [text if k == 0 else "\n" + text for parts in segments for k, (text, *_) in enumerate(parts)]
-    pieces = iter(bare(texts)["input_ids"])  # all at once, which is many times faster
+    pieces = iter(bare(texts))  # all at once, which is many times faster
     result, num_cut = [], 0
     for row, parts in zip(rows, segments):
         ids, trained = [], []
@@ -471,44 +502,54 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
             elif k > 0 and piece[: len(newline)] == newline:
                 piece = piece[len(newline) :]
             elif k > 0:  # it merged with the text and cannot be cut off
-                piece = bare(text)["input_ids"]
+                piece = bare(text)
             while is_last and not chat and piece and piece[-1] in eos_ids:
                 piece = piece[:-1]
             ends = [i + 1 for i, token in enumerate(piece) if token in eos_ids]
+            if is_last and ends and not chat and k > 0:
+                fail(f"{row['_where']}: {completion} holds an EOS that would end it")
             if is_last:
-                piece = piece[: ends[-1]] if chat and ends else piece + eos_ids[:1]
-            end = ends[-1] if ends and not is_last else len(piece)  # what follows an EOS is the template's
+                piece = piece[: ends[0]] if chat and ends else piece + eos_ids[:1]
+            end = ends[0] if chat and ends else len(piece)  # what follows a turn's EOS is the template's
             ids += piece
             trained += [train] * end + [False] * (len(piece) - end)
-        if len(ids) > max_length:
-            num_cut += 1
-            ends = [i + 1 for i in range(max_length - 1) if trained[i]]
-            if not ends:
-                fail(f"{row['_where']}: the prompt fills --max-length {max_length}: raise it or drop the row")
-            eos = [] if ids[ends[-1] - 1] in eos_ids else ids[-1:]  # unless cut behind a whole turn
-            ids = ids[: ends[-1]] + eos
-            trained = trained[: ends[-1]] + [True] * len(eos)
+        for i in range(1, len(ids)):  # some templates let the next turn begin with the EOS of this one
+            trained[i] = trained[i] or (trained[i - 1] and ids[i] in eos_ids)
         trained[0] = False  # nothing predicts it
         if not any(trained):
             fail(f"{row['_where']}: has no token to train on")
-        result.append((ids, trained))
+        if len(ids) > max_length:
+            ends = [i + 1 for i in range(max_length - 1) if trained[i]] or [0]
+            eos = [] if ids[ends[-1] - 1] in eos_ids else ids[-1:]  # unless cut behind a whole turn
+            ids = ids[: ends[-1]] + eos
+            trained = trained[: ends[-1]] + [False] * len(eos)
+            num_cut += 1
+        result.append((ids, trained) if any(trained) else None)
+    where, num_dropped = rows[0]["_where"], result.count(None)
     if num_cut:
-        print(f"{num_cut} of {len(rows)} rows ({rows[0]['_where']} ...) cut to --max-length {max_length}")
+        loud = "!!!" if num_dropped > len(rows) / 10 else ""
+        print(f"{num_cut - num_dropped} of {len(rows)} rows ({where} ...) cut to --max-length {max_length}, "
+              f"and {num_dropped} dropped, whose prompts fill it{loud}")
+    if num_dropped == len(rows):
+        fail(f"{where}: every prompt fills --max-length {max_length}: raise it")
     return result
 
-def load_prompts(tokenizer, rows, eos_ids, max_prompt_length):
-    """Rows to [(row with all columns and "_end", the EOS that ends it; ids of its prompt), ...]."""
-    columns, probes, prompts = {}, [], []
+def load_prompts(tokenizer, rows, max_prompt_length):
+    """Rows to [(row with the columns of all, ids of its prompt), ...] without those that are too long."""
+    bare, bos = words_of(tokenizer)
+    columns, prompts = {}, []
     for row in rows:
         columns |= dict.fromkeys(row)
-        if not isinstance(row.get("prompt"), (str, list)):
-            fail(f"{row['_where']}: needs prompt, as text or messages; has {columns_of(row)}")
-        reply = "" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": "."}]
-        probes.append({**row, "completion": reply})
-    for row, (ids, trained) in zip(rows, encode(tokenizer, probes, eos_ids, 1 << 30)):
-        prompt = ids[: trained.index(True)]
-        if len(prompt) <= max_prompt_length:
-            prompts.append(({**columns, **row, "_end": ids[-1]}, prompt))
+    for row in tqdm(rows, "prompts", delay=3, disable=None):
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            ids = bos + bare(prompt)
+        else:
+            ids = bare(renderer(tokenizer, row, prompt)(prompt, add_generation_prompt=True))
+        if not ids:
+            fail(f"{row['_where']}: the prompt is empty")
+        if len(ids) <= max_prompt_length:
+            prompts.append(({**columns, **row}, ids))
     if len(prompts) < len(rows):
         print(f"{len(rows) - len(prompts)} of {len(rows)} prompts are over --max-prompt-length: dropped")
     return prompts or fail(f"{rows[0]['_where']}: every prompt is longer than --max-prompt-length")
@@ -528,27 +569,38 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
     folder, causal = Path(name), kind is AutoModelForCausalLM
     if not folder.is_dir() and (name.count("/") != 1 or folder.parent.exists()):
         fail(f"{flag} {name}: no such folder, nor a model's Hub id (owner/name)")
+    if (folder / "adapter_config.json").exists():
+        fail(f"{flag} {name}: holds an adapter: merge it into its model first (peft: merge_and_unload)")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(args.seed)  # of weights that start at random
     with blame(f"{flag} {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name, **options)
-        config.update({key: 0.0 for key, value in vars(config).items() if "drop" in key and value})
-        if causal and folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+        for part in (config, *vars(config).values()):
+            if isinstance(part, transformers.PretrainedConfig):  # of the model, or of one within it
+                noise = [key for key, value in vars(part).items() if re.search("drop|jitter", key) and value]
+                part.update({key: type(getattr(part, key))(0) for key in noise})
+        plain = re.compile(r".*(?<!index)\.(json|jinja|txt|model|md|py)|[A-Z.][^.]*")
+        others = [file.name for file in folder.glob("*") if not plain.fullmatch(file.name)]
+        if causal and folder.is_dir() and not others:
             print(f"{name} holds no weights: starting from random ones")
-            model, info = kind.from_config(config, dtype=torch.float32), {"missing_keys": []}
+            model, info = kind.from_config(config, dtype=torch.float32), {}
         else:
             model, info = kind.from_pretrained(
                 name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         eos = getattr(config, "eos_token_id", None)
         with contextlib.suppress(OSError):
             eos = GenerationConfig.from_pretrained(name).eos_token_id or eos
-    for missing in info["missing_keys"]:
-        if missing != new_head:
-            fail(f"{flag} {name}: its weights lack {missing}")
+    missing, others = set(info.get("missing_keys", ())), set(info.get("unexpected_keys", ()))
+    if new_head in missing:
         head = model.get_parameter(new_head)
         torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
+        missing.remove(new_head)
+        others -= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}  # it replaces them
+    if missing or others:
+        fail(f"{flag} {name}: no {type(model).__name__}: missing weights {sorted(missing)[:3]}, others "
+             f"{sorted(others)[:3]}: merge adapters, and pass a model of this kind")
     eos_ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
     eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
     if not eos_ids:
@@ -565,28 +617,40 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
 
 @torch.no_grad()
 def check_model(model, rows, name="--model", lengths="--max-length"):
-    """Refuse a model with too few positions or embeddings for these rows, or that would be scored wrongly."""
-    longest, largest = max(map(len, rows)), max(map(max, rows))
-    positions = getattr(model.config, "max_position_embeddings", None) or longest
-    if longest > positions:
-        fail(f"{lengths}: rows have up to {longest} tokens, {name} {positions} positions: lower it")
+    """Refuse a model with too few positions or embeddings for these rows, or one sampled or scored wrongly:
+    tried on the longest row and its first half, of which one ends before the other."""
+    longest, largest = max(rows, key=len), max(map(max, rows))
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    if 0 < positions < len(longest):
+        fail(f"{lengths}: rows have up to {len(longest)} tokens, {name} {positions} positions: lower it")
     vocabulary = len(model.get_input_embeddings().weight)
     if largest >= vocabulary:
         fail(f"{name}: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
-    ids = pad(rows[:1], model.device)  # (1, T)
-    own = model(input_ids=ids).logits.float()  # (1, T, V), or (1, 1) of a reward model
-    if model.get_output_embeddings() is None:
-        gap = own[:, 0] - token_values(model, ids)[:, -1]
-    else:
-        mask = torch.arange(ids.shape[1], device=ids.device)[None] > 0
-        logprobs = -F.cross_entropy(own[0, :-1], ids[0, 1:], reduction="none")
-        gap = logprobs - sequence_logprobs(model, ids, mask)[0, 1:]
-    if not (gap := gap.abs().max()) < 2e-3:  # NaN fails too
-        fail(f"{name}: {type(model).__name__}'s log-probs or scores from hidden states differ from its own "
-             f"by {gap:.2g}: its head does something that common.py does not know")
+    n = min(len(longest), 1024)
+    pair = [longest[: max(n - 4, 1)], longest[: (n + 1) // 2]]
+    gaps = []
+    with blame(f"{name}: {type(model).__name__} cannot be sampled and scored"):
+        if model.get_output_embeddings() is None:  # a reward model
+            scores = token_values(model, pad(pair, model.device))
+            for row, ids in enumerate(pair):
+                own = model(input_ids=pad([ids], model.device)).logits[0]
+                gaps.append(own - scores[row, len(ids) - 1])
+        else:
+            stop = responses_of(sample(model, pair, 2, [-1]))[1][-1:]  # the second one's second token
+            ids, mask, sampled = sample(model, pair, 4, stop).values()
+            scored = sequence_logprobs(model, ids, mask)
+            for row, end in enumerate(last_token(mask) + 1):
+                logits = model(input_ids=ids[row : row + 1, :end]).logits[0, :-1].float()
+                own = -F.cross_entropy(logits, ids[row, 1:end], reduction="none")
+                own = own[mask[row, 1:end]]
+                gaps += [own - scored[row, mask[row]], own - sampled[row, mask[row]]]
+    gap = torch.cat(gaps).abs().max()
+    if not gap < 3e-4:  # NaN fails too
+        fail(f"{name}: {type(model).__name__}'s log-probs or scores differ by {gap:.2g} in sampling, "
+             "scoring and its own forward pass: it is random, or its cache or head unknown to common.py")
 
 def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
-    """(score, reward model or None): score(rows, prompts, responses) -> (B,), of data rows and token ids."""
+    """(score, reward model or None): score(rows, responses) -> (B,), of data rows and token ids."""
     if spec.rpartition(":")[0].endswith(".py"):
         return reward_function(spec, tokenizer, device), None
     model, own_tokenizer, own_ids = load_model(
@@ -597,12 +661,15 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
         fail(f"--reward {spec}: its tokenizer is not the policy's: train it by reward_model.py from --model")
     model.eval().requires_grad_(False)
 
-    def score(rows, prompts, responses):
-        texts = []  # to be read as in training: at the EOS of its rows, even if a response was cut
-        for row, prompt, response in zip(rows, prompts, responses):
+    def score(rows, responses):
+        probes, texts = [], []  # to be read as in training: by its own template, to its own EOS
+        for row in rows:
+            reply = "" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": "."}]
+            probes.append({**row, "completion": reply})
+        encoded = encode(own_tokenizer, probes, own_ids, 1 << 30)
+        for (ids, trained), response in zip(encoded, responses):
             body = response[:-1] if response[-1] in eos_ids else response
-            end = row["_end"] if row.get("_end") in own_ids else own_ids[0]
-            texts.append([*prompt, *body, end])
+            texts.append([*ids[: trained.index(True)], *body, ids[-1]])
         scores = read_scores(model, texts, args.micro_batch_size, autocast)
         if not scores.isfinite().all():
             fail(f"--reward {spec}: a score that is not finite")
@@ -631,19 +698,18 @@ def reward_function(spec, tokenizer, device):
         source.loader.exec_module(module)
         function = getattr(module, name)
 
-    def score(rows, prompts, responses):
+    def score(rows, responses):
         completions = tokenizer.batch_decode(responses, skip_special_tokens=True)
         for i, row in enumerate(rows):
             if isinstance(row["prompt"], list):
                 completions[i] = [{"role": "assistant", "content": completions[i]}]
         columns = {}
-        for name in columns_of(rows[0]):
-            if name not in ("prompt", "completion"):
-                columns[name] = [row[name] for row in rows]
+        for name in sorted(rows[0].keys() - {"prompt", "completion", "_where"}):
+            columns[name] = [row[name] for row in rows]
+        given = {"prompts": [row["prompt"] for row in rows], "completions": completions, **columns}
         with blame(f"--reward {spec}, given columns {list(columns)}", file):
-            texts = [row["prompt"] for row in rows]
-            given = list(function(prompts=texts, completions=completions, **columns))
-            scores = torch.tensor([math.nan if x is None else float(x) for x in given], device=device)
+            given = list(function(**copy.deepcopy(given)))  # what it does to its arguments stays there
+            scores = torch.tensor([math.nan if x is None else float(x + 0.0) for x in given], device=device)
         if len(scores) != len(rows) or scores.isfinite().sum() + given.count(None) < len(rows):
             fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
         return scores
@@ -654,9 +720,11 @@ def reward_function(spec, tokenizer, device):
 def check_flags(args):
     """Refuse numbers that are negative or infinite, 0 where that has no meaning, and uneven micro-batches."""
     may_be_0 = """seed learning_rate critic_learning_rate warmup_steps weight_decay label_smoothing eval_every
-        save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty""".split()
+        save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty num_train_epochs
+        total_episodes""".split()
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_0):
+        limit = 1 << 53 if isinstance(value, int) else math.inf
+        if type(value) in (int, float) and not (0 < value < limit or value == 0 and name in may_be_0):
             fail(f"--{name.replace('_', '-')} is {value}: out of range")
     if args.batch_size > args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
@@ -669,10 +737,11 @@ def make_first(path, default, script):
             raise SystemExit(code)
 
 def learning_rate(args, step, num_steps):
-    """Of this step, counted from 0: linear warm-up, then linear decay to 0."""
-    if step < args.warmup_steps:
-        return args.learning_rate * ((step + 1) / args.warmup_steps)
-    decay = (num_steps - step) / (num_steps - args.warmup_steps)
+    """Of this step, counted from 0: linear warm-up, in a fifth of the run at most, then linear decay to 0."""
+    warmup_steps = min(args.warmup_steps, num_steps // 5)
+    if step < warmup_steps:
+        return args.learning_rate * ((step + 1) / warmup_steps)
+    decay = (num_steps - step) / (num_steps - warmup_steps)
     return args.learning_rate * (decay if args.anneal_lr else 1.0)
 
 @lru_cache(maxsize=8)
@@ -682,9 +751,10 @@ def shuffled(n, seed, epoch):
 
 def complete(model, tokenizer, prompts, eos_ids, args):
     """(metrics, rows of samples.jsonl): a completion of each prompt at temperature 1, noise from --seed."""
-    room = getattr(model.config, "max_position_embeddings", 1 << 30) - args.max_new_tokens
-    prompts = [ids for ids in prompts if len(ids) <= room] or [min(prompts, key=len)[:1]]
-    batch = sample(model, prompts, args.max_new_tokens, eos_ids, seed=args.seed)
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    prompts = [ids for ids in prompts if len(ids) <= positions // 2] or prompts  # half is for the completion
+    room = positions - max(map(len, prompts))
+    batch = sample(model, prompts, min(args.max_new_tokens, room), eos_ids, seed=args.seed)
     metrics = {"completions/mean_length": batch["mask"].sum(1).double().mean().item(),
                "completions/eos_rate": ended(batch, eos_ids).double().mean().item()}
     return metrics, sample_rows(tokenizer, prompts, batch)
@@ -698,39 +768,50 @@ def sample_rows(tokenizer, prompts, batch, **columns):
 class Run:
     """Logs, checkpoint and finished model of a run, never overwritten. state: what to resume from, or {}."""
     LOGS = "metrics.jsonl", "samples.jsonl"
-    FREE = "resume", "micro_batch_size", "save_every", "gradient_checkpointing", "track"  # on --resume
+    FREE = """resume output_dir model reward dataset eval_dataset device micro_batch_size save_every
+        gradient_checkpointing track""".split()  # on --resume: what is read is compared by its content
 
     def __init__(self, args):
         self.args, self.began = args, time.time()
-        self.folder = Path(args.output_dir)
+        self.folder = Path(args.output_dir).absolute()
         self.file = self.folder / "state" / "checkpoint.pt"
-        self.state = {}
+        self.state, self.pid = {}, os.getpid()
         self.stopped = 0  # or the number of the signal that ends the run
         if (self.folder / "model").exists():
-            fail(f"--output-dir {self.folder} holds a finished run: choose another folder, or remove it")
-        if self.file.exists() and not args.resume:
-            fail(f"--output-dir {self.folder} holds an interrupted run: use --resume, or remove it")
+            fail(f"--output-dir {self.folder} holds a finished run: remove it, or choose another folder")
+        if not args.resume and self.folder.is_dir() and os.listdir(self.folder):
+            fail(f"--output-dir {self.folder} holds an interrupted run, see --resume, or other files: "
+                 "remove it, or choose another folder")
         if args.resume:
             with blame(f"--resume: cannot read {self.file}"):
                 self.state = torch.load(self.file, map_location="cpu", weights_only=True)
+                before = self.state["args"]
             for name, value in asdict(args).items():
-                before = self.state["args"].get(name)
-                if name not in self.FREE and value != before:
-                    fail(f"--resume: --{name.replace('_', '-')} is {value}, and was {before} before")
+                if name not in self.FREE and value != before.get(name):
+                    fail(f"--resume: --{name.replace('_', '-')} is {value}, and was {before.get(name)}")
 
-    def start(self, num_steps, num_rows, **parts):
-        """Open the logs, load the checkpoint into parts, catch Ctrl-C, SIGTERM, and return the first step."""
-        self.num_steps, self.num_rows, self.parts = num_steps, num_rows, parts
+    def start(self, num_steps, inputs, **parts):
+        """Load the checkpoint into parts, open the logs, catch Ctrl-C, SIGTERM, and return the first step."""
+        self.num_steps, self.parts = num_steps, parts
+        models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        weights = [weight.flatten()[:9].tolist() for model in models for weight in model.parameters()]
+        self.inputs = [zlib.crc32(repr(x).encode()) for x in (*inputs, *weights)]
         if self.state:
-            if self.state["rows"] != num_rows:
-                fail(f"--resume: the data set has {num_rows} rows, and had {self.state['rows']} before")
-            for name, part in parts.items():
-                part.load_state_dict(self.state[name])
-        with blame(f"--output-dir {self.folder}"):
+            with blame(f"--resume: {self.file} does not fit"):
+                if self.state["inputs"] != self.inputs:
+                    raise ValueError("data, the model to start from or rewards are not what they were")
+                for name, part in parts.items():
+                    part.load_state_dict(self.state[name])
+        with blame(f"--output-dir {self.folder} cannot be written, or another run writes there"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in self.LOGS:
-                with open(self.folder / name, "a") as file:  # what is behind the checkpoint will come again
-                    file.truncate(self.state["sizes"][name] if self.state else 0)
+            self.logs = [open(self.folder / name, "a") for name in self.LOGS]
+            with contextlib.suppress(ImportError):  # there is none on Windows
+                import fcntl
+                fcntl.lockf(self.logs[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for file, size in zip(self.logs, self.state.get("sizes", (0, 0))):
+                if file.tell() < size:
+                    raise ValueError(f"{file.name} has lost rows")
+                file.truncate(size)  # what is behind the checkpoint will come again
         if self.args.track:
             with blame("--track needs `pip install wandb tensorboard`"):
                 import tensorboard  # noqa: F401
@@ -748,6 +829,8 @@ class Run:
     def stop(self, number, frame):
         self.stopped = number  # after this step; a second signal ends the run at once
         signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != self.pid:  # as the first one does for the workers of a reward function
+            os.kill(os.getpid(), number)
 
     def log(self, step, metrics, samples=()):
         """A line of metrics.jsonl, lines of samples.jsonl, and TensorBoard's events if it is installed."""
@@ -757,22 +840,25 @@ class Run:
                      f"is in {self.file.parent}")
             if self.writer:
                 self.writer.add_scalar(name, value, step)
-        for name, rows in zip(self.LOGS, ([metrics], samples)):
-            with open(self.folder / name, "a") as file:
+        with blame(f"--output-dir {self.folder}"):
+            for file, rows in zip(self.logs, ([metrics], samples)):
                 for row in rows:
                     file.write(json.dumps({"step": step, **row}) + "\n")
+                file.flush()
 
     def checkpoint(self, step, **numbers):
-        """Every --save-every steps, and after a signal, which ends the run: all that --resume needs."""
-        if self.stopped or (self.args.save_every and step % self.args.save_every == 0):
-            state = {"step": step, "rows": self.num_rows, "args": asdict(self.args), **numbers}
-            state["sizes"] = {name: (self.folder / name).stat().st_size for name in self.LOGS}
+        """What --resume needs: every --save-every steps, at the end, after a signal, which ends the run."""
+        is_due = self.args.save_every and step % self.args.save_every == 0
+        if is_due or self.stopped or step == self.num_steps:
+            state = {"step": step, "inputs": self.inputs, "args": asdict(self.args), **numbers}
+            state["sizes"] = [(self.folder / name).stat().st_size for name in self.LOGS]
             for name, part in self.parts.items():
                 state[name] = part.state_dict()
-            self.file.parent.mkdir(exist_ok=True)
             temporary = self.file.with_suffix(".tmp")
-            torch.save(state, temporary)
-            os.replace(temporary, self.file)  # a crash leaves the last one whole
+            with blame(f"--output-dir {self.folder}"):
+                self.file.parent.mkdir(exist_ok=True)
+                torch.save(state, temporary)
+                os.replace(temporary, self.file)  # a crash leaves the last one whole
         if self.stopped and step < self.num_steps:
             tqdm.write(f"stopped after step {step} of {self.num_steps}: --resume continues")
             raise SystemExit(128 + self.stopped)
@@ -781,12 +867,14 @@ class Run:
         """args.json, and folders that transformers, TRL and vLLM load; model/ last, the sign of the end."""
         record = {**asdict(self.args), "torch": torch.__version__, "transformers": transformers.__version__,
                   "device": str(model.device), "seconds": round(time.time() - self.began, 1)}
-        (self.folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
-        for name, part in {**others, "model.tmp": model}.items():
-            part.save_pretrained(self.folder / name)
-            tokenizer.save_pretrained(self.folder / name)
-        os.replace(self.folder / "model.tmp", self.folder / "model")
-        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        with blame(f"--output-dir {self.folder}"):
+            (self.folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+            for name, part in {**others, "model.tmp": model}.items():
+                shutil.rmtree(self.folder / name, ignore_errors=True)  # what a killed run left
+                part.save_pretrained(self.folder / name)
+                tokenizer.save_pretrained(self.folder / name)
+            os.replace(self.folder / "model.tmp", self.folder / "model")
+        shutil.rmtree(self.file.parent, ignore_errors=True)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -798,3 +886,4 @@ class Run:
                   f"  after  {new['completion'][:90]!r}")
         for name, value in after.items():
             print(f"{name:28} {metrics[0].get(name, math.nan):10.4f} -> {value:10.4f}")
+        print(f"model, metrics and samples: {self.args.output_dir}")

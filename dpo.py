@@ -49,7 +49,7 @@ class Args:
     model: str = "runs/sft/model"  # folder or Hub id: start and reference; sft.py makes the default one
     dataset: str = "data/preferences.jsonl"  # file or Hub id: chosen, rejected, optionally prompt and mu
     eval_dataset: str = ""  # held-out rows; empty: the data set's own test file, else one prompt in twenty
-    max_length: int = 512  # tokens of prompt and completion; cuts longer completions, refuses longer prompts
+    max_length: int = 512  # tokens of prompt and completion; cuts longer completions, drops longer prompts
     # optimization
     num_train_epochs: int = 1  # passes over the pairs (1 to 3; it overfits soon)
     batch_size: int = 64  # pairs per optimizer step
@@ -66,8 +66,8 @@ class Args:
     label_smoothing: float = 0.0  # chance that a label is wrong (0 to 0.5)
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, mu, beta, loss_type,
-             label_smoothing):
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, mu=1.0, beta=0.1,
+             loss_type="sigmoid", label_smoothing=0.0):
     """-p log sigma(h) - (1 - p) log sigma(-h), with h = beta (log-ratio of chosen - log-ratio of rejected).
 
     p = mu (1 - label_smoothing) + (1 - mu) label_smoothing is the chance that `chosen` is the better one. IPO
@@ -75,6 +75,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
     Args: log pi(y|x) of policy and reference in nats, summed over the completion; mu in [0, 1]: (B,) each.
     Returns: losses (B,), and the implicit rewards of chosen and rejected (B,), detached, in reward units.
+    Raises: ValueError for another loss_type than "sigmoid" and "ipo".
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # Eq. 5 of arXiv:2305.18290, less beta log Z(x)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
@@ -82,10 +83,12 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     p = mu * (1 - label_smoothing) + (1 - mu) * label_smoothing
     if loss_type == "sigmoid":
         losses = -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)  # Eq. 7 of arXiv:2305.18290
-    else:
+    elif loss_type == "ipo":
         margin = h / beta
         target = 1 / (2 * beta)  # Eq. 17 of arXiv:2310.12036
         losses = p * (margin - target).square() + (1 - p) * (margin + target).square()
+    else:
+        raise ValueError(f"unknown loss_type {loss_type!r}")
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -94,11 +97,11 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
     explicit_pairs(rows)
     chosen = encode(tokenizer, rows, eos_ids, max_length, "chosen")
     rejected = encode(tokenizer, rows, eos_ids, max_length, "rejected")
-    pairs = [(c, r, row["mu"]) for c, r, row in zip(chosen, rejected, rows) if c != r]
+    pairs = [(c, r, row["mu"]) for c, r, row in zip(chosen, rejected, rows) if c and r and c != r]
     if not pairs:
         fail(f"{rows[0]['_where']}: no pair in which chosen and rejected differ")
     if num_dropped := len(rows) - len(pairs):
-        print(f"{num_dropped} of {len(rows)} pairs dropped: chosen and rejected are the same tokens")
+        print(f"{num_dropped} of {len(rows)} pairs dropped: too long, or the same tokens on both sides")
     return pairs
 
 
@@ -165,7 +168,7 @@ def main(args: Args) -> dict:
     make_first(args.model, Args.model, "sft.py")
 
     # 2. model, data, optimizer; the reference is the start
-    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset)
+    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset, "chosen rejected")
     model, tokenizer, eos_ids = load_model(args.model, args, device)
     train = load_pairs(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_pairs(tokenizer, held_out_rows, eos_ids, args.max_length)
@@ -175,8 +178,8 @@ def main(args: Args) -> dict:
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if args.warmup_steps >= num_steps:
-        print(f"--warmup-steps {args.warmup_steps}: the warm-up never ends in {num_steps} steps")
+    if num_steps < 20:
+        print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
     if run.state:
         ref_train, ref_held_out = run.state["reference"]
     else:
@@ -190,7 +193,7 @@ def main(args: Args) -> dict:
         return metrics, samples
 
     # 3. the loop. The order is a function of (seed, epoch), so that no random state has to be saved
-    first = run.start(num_steps, len(train), model=model, optimizer=optimizer)
+    first = run.start(num_steps, train + held_out, model=model, optimizer=optimizer)
     num_tokens, metrics = run.state.get("num_tokens", 0), {}
     bar = tqdm(range(first, num_steps), "dpo", initial=first, total=num_steps, unit="step", disable=None)
     for step in bar:
@@ -238,4 +241,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

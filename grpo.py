@@ -32,6 +32,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -108,8 +109,10 @@ def group_advantages(rewards, baseline="mean", scale_rewards="group"):
         scale_rewards: "group" divides by the group's std, "batch" by that of all P G rewards, "none" by
             nothing (Dr. GRPO, arXiv:2503.20783). n - 1 in the std, 1e-4 added to it.
     Returns: (P, G), in standard deviations, or in units of the reward; exactly 0 in a group of equal rewards.
-    Raises: ValueError for groups of one.
+    Raises: ValueError for groups of one and for unknown options.
     """
+    if baseline not in ("mean", "leave_one_out") or scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"unknown baseline {baseline!r} or scale_rewards {scale_rewards!r}")
     G = rewards.shape[1]
     if G < 2:
         raise ValueError("a group of one response has no other to be compared with")
@@ -133,6 +136,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, kl_coef, k
     logprobs = torch.where(mask, logprobs, 0.0)
     old = torch.where(mask, old_logprobs, 0.0)
     ref = torch.where(mask, ref_logprobs, 0.0)
+    if importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(f"unknown importance_sampling_level {importance_sampling_level!r}")
     if importance_sampling_level == "sequence":  # of the whole response: (B, 1)
         logprobs, old, ref = (x.sum(1, keepdim=True) for x in (logprobs, old, ref))
     ratio = (logprobs - old).clamp(max=80).exp()  # (B, T) or (B, 1); an overflow would make 0 * inf
@@ -154,7 +159,7 @@ def token_weights(mask, loss_type, max_new_tokens):
     """
     lengths = mask.sum(1, keepdim=True)  # (B, 1)
     total = {"grpo": len(mask) * lengths, "dapo": lengths.sum(), "dr_grpo": len(mask) * max_new_tokens}
-    return mask / total[loss_type]
+    return mask.double() / total[loss_type]
 
 
 # ---- Rollouts ----
@@ -168,7 +173,7 @@ def episode_metrics(episodes, specs):
                "completions/eos_rate": mean["finished"].item()}
     for spec, x in zip(specs, mean["scores"].tolist()):
         if len(specs) > 1 and not math.isnan(x):
-            metrics[f"rewards/{spec}"] = x
+            metrics["rewards/" + "/".join(Path(spec).parts[-2:])] = x
     return metrics
 
 
@@ -225,13 +230,13 @@ def main(args: Args) -> dict:
     make_first(args.model, Args.model, "sft.py")
 
     # 2. prompts, models, optimizer
-    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset)
+    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset, "prompt")
     policy, tokenizer, eos_ids = load_model(args.model, args, device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     rewards = [load_reward(spec, tokenizer, eos_ids, args, device, autocast) for spec in args.reward]
     score = lambda *texts: torch.stack([own(*texts) for own, _ in rewards], dim=1)  # (B, number of rewards)
-    prompts = load_prompts(tokenizer, train_rows, eos_ids, args.max_prompt_length)
-    held_out = load_prompts(tokenizer, held_out_rows, eos_ids, args.max_prompt_length)
+    prompts = load_prompts(tokenizer, train_rows, args.max_prompt_length)
+    held_out = load_prompts(tokenizer, held_out_rows, args.max_prompt_length)
     ids = [ids for _, ids in prompts + held_out]
     longest = max(ids, key=len) + eos_ids[:1] * args.max_new_tokens
     reward_models = [(f"--reward {spec}", model) for spec, (_, model) in zip(args.reward, rewards)]
@@ -260,7 +265,11 @@ def main(args: Args) -> dict:
         return result, samples
 
     # 3. the loop. Order and noise are functions of (seed, update), so that no random state has to be saved
-    first = run.start(num_updates, len(prompts), policy=policy, optimizer=optimizer)
+    sources = []  # what --resume has to find again
+    for spec in args.reward:
+        file = Path(spec.rpartition(":")[0] or f"{spec}/config.json")  # which holds the reward model's mean
+        sources.append(file.read_text() if file.exists() else spec)
+    first = run.start(num_updates, [*prompts, *held_out, *sources], policy=policy, optimizer=optimizer)
     num_tokens, n, metrics = run.state.get("num_tokens", 0), len(prompts), {}
     bar = tqdm(range(first, num_updates), initial=first, total=num_updates, unit="update", disable=None)
     for update in bar:
@@ -299,7 +308,7 @@ def main(args: Args) -> dict:
             order = kept[shuffled(len(kept), args.seed, update * args.update_epochs + epoch)]
             for minibatch in order.chunk(args.num_minibatches):
                 weights = token_weights(mask[minibatch], args.loss_type, args.max_new_tokens)
-                batch["weights"][minibatch] = weights
+                batch["weights"][minibatch] = weights.to(batch["weights"].dtype)
                 for index, mb in micro_batches(batch, minibatch, args.micro_batch_size):
                     with autocast():
                         logprobs, entropy = sequence_logprobs(
@@ -344,4 +353,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

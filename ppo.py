@@ -29,6 +29,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -168,7 +169,7 @@ def episode_metrics(episodes, specs, kl_coef):
                "completions/eos_rate": mean["finished"].item()}
     for spec, x in zip(specs, mean["scores"].tolist()):
         if len(specs) > 1 and not math.isnan(x):
-            metrics[f"rewards/{spec}"] = x
+            metrics["rewards/" + "/".join(Path(spec).parts[-2:])] = x
     return metrics
 
 
@@ -217,13 +218,13 @@ def main(args: Args) -> dict:
     make_first(args.reward[0], Args.reward[0], "reward_model.py")
 
     # 2. prompts, models, optimizer
-    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset)
+    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset, "prompt")
     policy, tokenizer, eos_ids = load_model(args.model, args, device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     rewards = [load_reward(spec, tokenizer, eos_ids, args, device, autocast) for spec in args.reward]
     score = lambda *texts: torch.stack([own(*texts) for own, _ in rewards], dim=1)  # (B, number of rewards)
-    prompts = load_prompts(tokenizer, train_rows, eos_ids, args.max_prompt_length)
-    held_out = load_prompts(tokenizer, held_out_rows, eos_ids, args.max_prompt_length)
+    prompts = load_prompts(tokenizer, train_rows, args.max_prompt_length)
+    held_out = load_prompts(tokenizer, held_out_rows, args.max_prompt_length)
     ids = [ids for _, ids in prompts + held_out]
     longest = max(ids, key=len) + eos_ids[:1] * args.max_new_tokens
     reward_models = [(f"--reward {spec}", model) for spec, (_, model) in zip(args.reward, rewards)]
@@ -257,7 +258,11 @@ def main(args: Args) -> dict:
         return result, samples
 
     # 3. the loop. Order and noise are functions of (seed, update), so that no random state has to be saved
-    first = run.start(num_updates, len(prompts), **models, optimizer=optimizer)
+    sources = []  # what --resume has to find again
+    for spec in args.reward:
+        file = Path(spec.rpartition(":")[0] or f"{spec}/config.json")  # which holds the reward model's mean
+        sources.append(file.read_text() if file.exists() else spec)
+    first = run.start(num_updates, [*prompts, *held_out, *sources], **models, optimizer=optimizer)
     kl_coef = run.state.get("kl_coef", args.kl_coef)
     num_tokens, n, metrics = run.state.get("num_tokens", 0), len(prompts), {}
     bar = tqdm(range(first, num_updates), initial=first, total=num_updates, unit="update", disable=None)
@@ -352,4 +357,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -35,7 +35,7 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, check_flags, check_model, device_of, encode, explicit_pairs, fail, learning_rate, load_model,
+    Run, blame, check_flags, check_model, device_of, encode, explicit_pairs, fail, learning_rate, load_model,
     make_first, pad, read_rows, read_scores, shuffled, split_rows, token_values)
 
 
@@ -56,7 +56,7 @@ class Args:
     model: str = "runs/sft/model"  # folder or Hub id to start from; sft.py makes the default one
     dataset: str = "data/preferences.jsonl"  # file, Hub id: chosen, rejected | prompt, completions, ranking
     eval_dataset: str = ""  # held-out rows; empty: the data set's own test file, else one prompt in twenty
-    max_length: int = 512  # tokens of prompt and completion; cuts longer completions, refuses longer prompts
+    max_length: int = 512  # tokens of prompt and completion; cuts longer completions, drops longer prompts
     # optimization
     loss_type: Literal["pairs", "plackett_luce"] = "pairs"  # of a ranking: all its pairs, or Plackett-Luce
     num_train_epochs: int = 1  # passes over the comparisons (1; it overfits soon)
@@ -91,6 +91,8 @@ def plackett_luce_loss(rewards, ranking):
     loss = -rewards.sum()
     for place in set(ranking):
         tied = [i for i, other in enumerate(ranking) if other == place]
+        if len(tied) > 10:
+            raise ValueError(f"{len(tied)} in a tie: at most 10, since all their subsets are summed")
         below = [i for i, other in enumerate(ranking) if other > place]
         for size in range(1, len(tied) + 1):
             left = [[*some, *below] for some in combinations(tied, size)]  # all sets that may be left
@@ -105,8 +107,7 @@ def calibration(margins, mu, bins=10):
     compared with the accuracy, the share of votes for the side with the larger reward. Their mean distance,
     weighted with the numbers of pairs, is the expected calibration error.
 
-    Args: margins r_i - r_j and mu: (M,) each. Returns: [(pairs, mean confidence, accuracy), ...] and ECE.
-    """
+    Args: margins r_i - r_j and mu: (M,) each. Returns: [(pairs, mean confidence, accuracy), ...] and ECE."""
     confidence = torch.sigmoid(margins.abs())
     votes = 0.5 + (mu - 0.5) * margins.sign()
     bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
@@ -116,6 +117,12 @@ def calibration(margins, mu, bins=10):
         if inside.any():
             table.append((int(inside.sum()), confidence[inside].mean().item(), votes[inside].mean().item()))
     return table, sum(n * abs(expected - seen) for n, expected, seen in table) / len(margins)
+
+
+def wilson(p, n, z=1.96):
+    """95 % interval (low, high) of a share p of n: the q with |p - q| = z sqrt(q (1 - q) / n) (Wilson)."""
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
 
 
 def check_comparison(row) -> None:
@@ -132,8 +139,7 @@ def check_comparison(row) -> None:
 
 def load_comparisons(tokenizer, rows, eos_ids, max_length):
     """Rows to comparisons (completions, ranking, pairs, p_chosen or None): K completions with their prompt as
-    lists of token ids, and for each two of them (i, j, mu), i not the worse one by the ranking.
-    """
+    lists of token ids, and for each two of them (i, j, mu), i not the worse one by the ranking."""
     explicit_pairs([row for row in rows if "completions" not in row])
     flat = []  # the completions of all rows, to be tokenized together
     for row in rows:
@@ -142,32 +148,29 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
         elif row.get("mu", 1.0) != 1.0:
             fail(f"{row['_where']}: mu is for chosen and rejected; give the completions a ranking")
         check_comparison(row)
-        prompt = {"prompt": row["prompt"]} if "prompt" in row else {}
-        for text in row["completions"]:
-            flat.append({**prompt, "completion": text, "_where": row["_where"]})
+        flat += [{**row, "completion": text} for text in row["completions"]]
     encoded = iter(encode(tokenizer, flat, eos_ids, max_length))
     comparisons = []
     for row in rows:
         ranking = row["ranking"]
-        completions = [ids for ids, _ in islice(encoded, len(ranking))]
+        completions = [kept and kept[0] for kept in islice(encoded, len(ranking))]
         best_first = sorted(range(len(ranking)), key=lambda i: ranking[i])
         pairs = []
         for i, j in combinations(best_first, 2):
             mu = 0.5 if ranking[i] == ranking[j] else row.get("mu", 1.0)
             pairs.append((i, j, mu))
-        if len(completions) > 2 or completions[0] != completions[1]:
+        if None not in completions and (len(completions) > 2 or completions[0] != completions[1]):
             comparisons.append((completions, ranking, pairs, row.get("p_chosen")))
     if not comparisons:
         fail(f"{rows[0]['_where']}: no pair in which chosen and rejected differ")
     if num_dropped := len(rows) - len(comparisons):
-        print(f"{num_dropped} of {len(rows)} pairs dropped: chosen and rejected are the same tokens")
+        print(f"{num_dropped} of {len(rows)} pairs dropped: too long, or the same tokens on both sides")
     return comparisons
 
 
 def collate(comparisons, device):
     """The N completions of B comparisons, padded on the right: input_ids (N, T), last (N,) the index of each
-    row's last token; and their M pairs: first and second (M,) as rows, mu (M,), owner (M,) the comparison.
-    """
+    row's last token; and their M pairs: first and second (M,) as rows, mu (M,), owner (M,) the comparison."""
     rows, pairs = [], []
     for owner, (completions, _, own_pairs, _) in enumerate(comparisons):
         start = len(rows)
@@ -181,9 +184,7 @@ def collate(comparisons, device):
 def load_reward_model(name, args, device):
     """(model, tokenizer, eos_ids): one label read at the row's end; a new head unless the folder has one.
 
-    Others look for the last token that is not padding, so the pad token must not be an EOS: if it is, a new
-    one is added.
-    """
+    Others look for the last token that is not padding, so a pad token that is an EOS is replaced."""
     flag = "--score needs a reward model," if args.score else "--model"
     new_head = "" if args.score else "score.weight"  # a random head is for training only
     kind = transformers.AutoModelForSequenceClassification
@@ -201,8 +202,7 @@ def load_reward_model(name, args, device):
 
 def forward(model, comparisons, args, autocast):
     """(losses (B,), metrics of each comparison (B,), margins (M,), mu (M,), rewards (N,)). accuracy is the
-    share of votes that the rewards agree with: mu or 1 - mu, and 0.5 at margin 0, as for a coin.
-    """
+    share of votes that the rewards agree with: mu or 1 - mu, and 0.5 at margin 0, as for a coin."""
     input_ids, last, first, second, mu, owner = collate(comparisons, model.device)
     with autocast():
         rewards = token_values(model, input_ids)[torch.arange(len(last)), last]  # (N,)
@@ -214,7 +214,8 @@ def forward(model, comparisons, args, autocast):
         losses = list(losses)
         for k, (completions, ranking, *_) in enumerate(comparisons):
             if len(completions) > 2:
-                losses[k] = plackett_luce_loss(rewards_of[k], ranking)
+                with blame("--loss-type plackett_luce"):
+                    losses[k] = plackett_luce_loss(rewards_of[k], ranking)
         losses = torch.stack(losses)
     chosen, rejected = rewards.detach()[first], rewards.detach()[second]
     margins = (chosen - rejected).round(decimals=5)  # rounding noise is a tie
@@ -237,10 +238,8 @@ def evaluate(model, tokenizer, comparisons, args, autocast):
     for name in metrics_of[0]:
         values = torch.cat([each[name] for each in metrics_of]).cpu()  # of each comparison: (n,)
         metrics[f"eval/{name}"] = values.mean().item()
-        if name == "accuracy":
-            deviation = values.std(correction=1 if n > 1 else 0).item()
     table, metrics["eval/ece"] = calibration(torch.cat(margins).cpu(), torch.cat(mu).cpu())
-    metrics["eval/accuracy_ci95"] = 1.96 * deviation / n**0.5
+    metrics["eval/accuracy_low"], metrics["eval/accuracy_high"] = wilson(metrics["eval/accuracy"], n)
     chances = [p_chosen for *_, p_chosen in comparisons]
     if None not in chances:  # the best accuracy on labels drawn with these chances
         metrics["eval/accuracy_ceiling"] = sum(max(p, 1 - p) for p in chances) / n
@@ -257,15 +256,17 @@ def evaluate(model, tokenizer, comparisons, args, autocast):
 def score_file(args, device, autocast):
     """Write FILE.scores.jsonl: the rows of --score with their raw score and reward = score - reward_mean."""
     model, tokenizer, eos_ids = load_reward_model(str(Path(args.output_dir, "model")), args, device)
-    rows = read_rows(args.score)
+    rows = read_rows(args.score, "prompt completion", "messages", "text")
     encoded = encode(tokenizer, rows, eos_ids, args.max_length)
+    rows, encoded = zip(*((row, ids) for row, ids in zip(rows, encoded) if ids))
+    check_model(model, [ids for ids, _ in encoded])
     scores = read_scores(model, [ids for ids, _ in encoded], args.micro_batch_size, autocast)
     rewards = scores - getattr(model.config, "reward_mean", 0.0)
     output = Path(args.score).with_suffix(".scores.jsonl")
     with open(output, "w") as file:
         for row, score, reward in zip(rows, scores.tolist(), rewards.tolist()):
             del row["_where"]
-            file.write(json.dumps({**row, "score": score, "reward": reward}) + "\n")
+            file.write(json.dumps({**row, "score": score, "reward": reward}, default=str) + "\n")
     print(f"{len(rows)} rows, mean reward {rewards.mean():.4f}: {output}")
     return {"mean_reward": rewards.mean().item()}
 
@@ -280,7 +281,8 @@ def main(args: Args) -> dict:
     make_first(args.model, Args.model, "sft.py")
 
     # 2. model, data, optimizer
-    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset)
+    train_rows, held_out_rows = split_rows(
+        args.dataset, args.eval_dataset, "chosen rejected", "prompt completions ranking")
     model, tokenizer, eos_ids = load_reward_model(args.model, args, device)
     train = load_comparisons(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_comparisons(tokenizer, held_out_rows, eos_ids, args.max_length)
@@ -290,8 +292,8 @@ def main(args: Args) -> dict:
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if args.warmup_steps >= num_steps:
-        print(f"--warmup-steps {args.warmup_steps}: the warm-up never ends in {num_steps} steps")
+    if num_steps < 20:
+        print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
 
     def report(step):
         metrics, samples, table = evaluate(model, tokenizer, held_out, args, autocast)
@@ -300,7 +302,7 @@ def main(args: Args) -> dict:
         return metrics, table
 
     # 3. the loop. The order is a function of (seed, epoch), so that no random state has to be saved
-    first = run.start(num_steps, len(train), model=model, optimizer=optimizer)
+    first = run.start(num_steps, train + held_out, model=model, optimizer=optimizer)
     num_tokens, metrics = run.state.get("num_tokens", 0), {}
     bar = tqdm(range(first, num_steps), "reward", initial=first, total=num_steps, unit="step", disable=None)
     for step in bar:
@@ -347,12 +349,12 @@ def main(args: Args) -> dict:
     print("reliability on held-out pairs\n     pairs  confidence  accuracy")
     for pairs, confidence, accuracy in table:
         print(f"{pairs:10}  {confidence:10.3f}  {accuracy:8.3f}")
-    accuracy, ceiling = after["eval/accuracy"], after.get("eval/accuracy_ceiling")
-    print(f"held-out accuracy {accuracy:.3f} +- {after['eval/accuracy_ci95']:.3f} (95 %)")
-    if ceiling:
-        print(f"that is {accuracy / ceiling:.3f} of the ceiling {ceiling:.3f} that the labels' noise leaves")
+    accuracy, low, high = (after[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
+    ceiling = after.get("eval/accuracy_ceiling", 1.0)  # unless the labels' noise is known
+    print(f"held-out accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}, 95 %), {accuracy / ceiling:.3f} of "
+          f"the ceiling {ceiling:.3f}")
     return {**metrics, **after}
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

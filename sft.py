@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, check_flags, check_model, complete, device_of, encode, learning_rate, load_model, pad,
+    Run, check_flags, check_model, complete, device_of, encode, fail, learning_rate, load_model, pad,
     sequence_logprobs, shuffled, split_rows)
 
 
@@ -48,7 +48,7 @@ class Args:
     model: str = "data/model"  # folder or Hub id to start from; without weights in it, random ones
     dataset: str = "data/demonstrations.jsonl"  # file or Hub id: text | messages | prompt, completion
     eval_dataset: str = ""  # held-out rows; empty: the data set's own test file, else one prompt in twenty
-    max_length: int = 512  # tokens of prompt and completion; cuts longer completions, refuses longer prompts
+    max_length: int = 512  # tokens of prompt and completion; cuts longer completions, drops longer prompts
     # optimization
     num_train_epochs: int = 4  # passes over the data (1 to 3 with a pretrained model)
     batch_size: int = 64  # rows per optimizer step
@@ -89,7 +89,8 @@ def evaluate(model, tokenizer, rows, eos_ids, args, autocast):
         num_tokens += trained.sum().item()
     prompts = []
     for ids, trained in rows[: args.eval_samples]:
-        answer = len(ids) - trained[::-1].index(False)  # it begins behind the last untrained token
+        end = len(ids) - trained[::-1].index(True)  # of the last answer
+        answer = end - trained[:end][::-1].index(False)  # it begins behind the last untrained token
         prompts.append(ids[:answer])
     with autocast():
         metrics, samples = complete(model, tokenizer, prompts, eos_ids, args)
@@ -103,18 +104,22 @@ def main(args: Args) -> dict:
     device, autocast = device_of(args)
 
     # 2. model, data, optimizer
-    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset)
+    train_rows, held_out_rows = split_rows(
+        args.dataset, args.eval_dataset, "prompt completion", "messages", "text")
     model, tokenizer, eos_ids = load_model(args.model, args, device)
-    train = encode(tokenizer, train_rows, eos_ids, args.max_length)
-    held_out = encode(tokenizer, held_out_rows, eos_ids, args.max_length)
+    for row in train_rows + held_out_rows:
+        if type(row.get("label")) is bool:
+            fail(f"{row['_where']}: label: a completion that may be a bad one is no demonstration")
+    train = list(filter(None, encode(tokenizer, train_rows, eos_ids, args.max_length)))  # None was dropped
+    held_out = list(filter(None, encode(tokenizer, held_out_rows, eos_ids, args.max_length)))
     check_model(model, [ids for ids, _ in train + held_out])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if args.warmup_steps >= num_steps:
-        print(f"--warmup-steps {args.warmup_steps}: the warm-up never ends in {num_steps} steps")
+    if num_steps < 20:
+        print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
 
     def report(step):
         metrics, samples = evaluate(model, tokenizer, held_out, eos_ids, args, autocast)
@@ -123,7 +128,7 @@ def main(args: Args) -> dict:
         return metrics, samples
 
     # 3. the loop. The order is a function of (seed, epoch), so that no random state has to be saved
-    first = run.start(num_steps, len(train), model=model, optimizer=optimizer)
+    first = run.start(num_steps, train + held_out, model=model, optimizer=optimizer)
     num_tokens, metrics = run.state.get("num_tokens", 0), {}
     bar = tqdm(range(first, num_steps), "sft", initial=first, total=num_steps, unit="step", disable=None)
     for step in bar:
@@ -173,4 +178,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))
