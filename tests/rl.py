@@ -1,5 +1,5 @@
 """What the tests of ppo.py and grpo.py share: batches of (B, T) tensors, folders of models, prompts and rewards,
-what a run's optimizer steps see, and policies small enough to write down all their responses.
+what a run's optimizer steps see and do, and policies small enough to write down all their responses.
 """
 
 import contextlib
@@ -162,6 +162,34 @@ def watch_micro_batches(monkeypatch, script):
 
 def vector(tensors):
     return torch.cat([x.flatten() for x in tensors])
+
+
+def adamw(steps, rate, decay=0.0):
+    """The weights behind each of these (parameters, gradients), the steps of one run from its first on, as one vector
+    each: arXiv:1711.05101 with betas of 0.9 and 0.999. The decay is no part of the gradient. rate: a number, or one
+    for each weight."""
+    first = second = 0.0
+    result = []
+    for k, (parameters, gradients) in enumerate(steps, 1):
+        p, g = vector(parameters), vector(gradients)
+        first = 0.9 * first + 0.1 * g
+        second = 0.999 * second + 0.001 * g * g
+        size = (second / (1 - 0.999**k)).sqrt() + 1e-8
+        result.append(p - rate * (first / (1 - 0.9**k) / size + decay * p))
+    return result
+
+
+def clipped(gradients, bound):
+    """These gradients of one model, as one vector, no longer than the bound."""
+    g = vector(gradients)
+    return g * min(1.0, bound / g.norm().item())
+
+
+def put(model, weights):
+    """Give a model these weights, in the order of its parameters."""
+    with torch.no_grad():
+        for p, weight in zip(model.parameters(), weights, strict=True):
+            p.copy_(weight)
 
 
 # ---- Enumeration ----

@@ -34,6 +34,8 @@ def loss(h, mu=1.0, beta=0.1, loss_type="sigmoid", label_smoothing=0.0):
         (dict(h=6.0, label_smoothing=0.1), 0.497488, None),
         (dict(h=10 * math.log(9), label_smoothing=0.1), None, 0.0),  # the minimum of cDPO
         (dict(h=6.0, mu=0.9), 0.497488, None),  # a soft label is label smoothing by another name
+        (dict(h=1.0, mu=0.25, beta=0.5, label_smoothing=0.1), 0.824077, None),  # 0.3 of 0.474077, 0.7 of 0.974077
+        (dict(h=1.0, mu=0.25, beta=0.5, label_smoothing=0.1, loss_type="ipo"), 2.8, None),  # 0.3 of 0, 0.7 of 4
         (dict(h=0.0, mu=0.5), math.log(2), 0.0),
         (dict(h=0.0, loss_type="ipo"), 25.0, -10.0),
         (dict(h=6.0, loss_type="ipo"), 1.0, 2.0),
