@@ -179,7 +179,7 @@ def adamw(steps, rate, decay=0.0):
     return result
 
 
-def clipped(gradients, bound):
+def bounded(gradients, bound):
     """These gradients of one model, as one vector, no longer than the bound."""
     g = vector(gradients)
     return g * min(1.0, bound / g.norm().item())

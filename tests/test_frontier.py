@@ -176,8 +176,8 @@ def world(tmp_path_factory):
     for spec in specs:
         judged = {name: results[spec]["policies"][str(folder / name)] for name in policies}
         by_name[spec.rpartition(":")[2]] = {**results[spec], "policies": judged}
-    return types.SimpleNamespace(
-        results=by_name, screen=screen.getvalue(), policies=policies, rewards=rewards, log_ref=law(reference))  # fmt: skip
+    return types.SimpleNamespace(results=by_name, screen=screen.getvalue(), policies=policies, rewards=rewards,
+                                 log_ref=law(reference))  # fmt: skip
 
 
 # ---- Tests ----

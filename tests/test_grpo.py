@@ -20,7 +20,7 @@ from conftest import (
     LENGTHS, MASK, POISON, STOPS, VOCABULARY, double_loads, make_model, noise, poisoned, pure,
     ragged_rows, sides, watching, word_tokenizer)
 from rl import (
-    LAYOUTS, PLACED, Tabular, all_responses, flat, make_batch, make_folders, mask_of, optimizer_steps, rows_of,
+    LAYOUTS, PLACED, Tabular, all_responses, bounded, flat, make_batch, make_folders, mask_of, optimizer_steps, rows_of,
     same_rows, score_logprobs, shares_of_a_word, vector, watch_micro_batches)
 from safetensors.torch import load_file
 
@@ -989,7 +989,7 @@ def test_groups_of_equal_rewards_feel_the_kl_in_the_loss_alone(canned, monkeypat
 
 
 @pytest.mark.parametrize("flags", [
-    {},
+    {"max_grad_norm": 9.0},
     RLOO | {"temperature": 0.7, "learning_rate": 1e-4, "clip_coef": 0.7, "clip_coef_high": 2.0},
     {"loss_type": "dapo", "scale_rewards": "batch", "baseline": "leave_one_out", "kl_estimator": "k2",
      "clip_coef": 0.1, "clip_coef_high": 0.15, "temperature": 0.7, "missing_eos_penalty": 0.4},
@@ -998,7 +998,8 @@ def test_groups_of_equal_rewards_feel_the_kl_in_the_loss_alone(canned, monkeypat
 ], ids=["published", "rloo", "dapo", "dr_grpo"])  # fmt: skip
 def test_a_run_by_loops_over_single_rows(tiny, watch, double, monkeypatch, flags):
     """From the sampled ids alone: scores, penalty, KL and advantages of the second update, where pi is not pi_ref, and
-    the gradient of each of its four optimizer steps, by autograd through the model's own logits of single rows."""
+    the gradient of each of its four optimizer steps, by autograd through the model's own logits of single rows, held
+    to --max-grad-norm."""
     rollouts, loaded, trained = watch("rollout"), watch("load_model"), watch_micro_batches(monkeypatch, grpo)
     args = tiny(**{"total_episodes": 24, "learning_rate": 3e-3, "max_grad_norm": 1e9, "micro_batch_size": 3,
                    "max_new_tokens": 8, **flags})  # fmt: skip
@@ -1032,7 +1033,7 @@ def test_a_run_by_loops_over_single_rows(tiny, watch, double, monkeypatch, flags
     half = -(-len(kept) // 2)
     parts = [index[:half], index[half : len(kept)], index[len(kept) : len(kept) + half], index[len(kept) + half :]]
     assert sorted(parts[0] + parts[1]) == sorted(parts[2] + parts[3]) == kept and parts[0] != parts[2]
-    losses, moved = [], 0.0
+    losses, norms, moved = [], [], 0.0
     for part, (weights, gradient) in zip(parts, steps[-4:]):
         new, loss = score(weights), 0.0
         count = sum(len(rows[j][1]) for j in part)
@@ -1050,10 +1051,13 @@ def test_a_run_by_loops_over_single_rows(tiny, watch, double, monkeypatch, flags
             by = {"grpo": len(part) * n, "dapo": count, "dr_grpo": len(part) * args.max_new_tokens}[args.loss_type]
             loss = loss + total / by
         want = vector(torch.autograd.grad(loss, list(policy.parameters())))
-        assert (vector(gradient) - want).norm() < 1e-6 * want.norm() and want.norm() > 1e-3
+        held = bounded([want], args.max_grad_norm)
+        assert (vector(gradient) - held).norm() < 1e-6 * held.norm() and held.norm() > 1e-3
         losses.append(loss.item())
+        norms.append(want.norm().item())
     assert metrics["loss"] == pytest.approx(statistics.fmean(losses), rel=1e-5, abs=1e-6) and moved > 0.05
-    assert metrics["grad_norm"] == pytest.approx(want.norm().item(), rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norms[-1], rel=1e-6)
+    assert min(norms) < args.max_grad_norm and ("max_grad_norm" not in flags or args.max_grad_norm < max(norms))
 
 
 @pytest.mark.parametrize("loss_type, kind, drop", [

@@ -18,8 +18,8 @@ from conftest import (
     CHAT_TEMPLATE, LENGTHS, MASK, POISON, STOPS, VOCABULARY, double_loads, make_model, noise, poisoned,
     pure, ragged_rows, sides, watching, word_tokenizer)
 from rl import (
-    CPU, LAYOUTS, MEAN, PLACED, Tabular, all_responses, flat, make_batch, make_folders, optimizer_steps, rows_of,
-    same_rows, score_logprobs, shares_of_a_word, vector, watch_micro_batches)
+    CPU, LAYOUTS, MEAN, PLACED, Tabular, adamw, all_responses, bounded, flat, make_batch, make_folders,
+    optimizer_steps, put, rows_of, same_rows, score_logprobs, shares_of_a_word, vector, watch_micro_batches)
 from safetensors.torch import load_file
 
 import ppo
@@ -788,6 +788,93 @@ def test_an_update_by_loops_over_single_rows(tiny, watch, double, monkeypatch, c
         error = [(p.grad - g).norm() for p, g in zip(part.parameters(), gradients[mine]) if p.grad is not None]
         size = torch.stack([p.grad.norm() for p in part.parameters() if p.grad is not None]).norm()
         assert torch.stack(error).norm() < 1e-6 * size and size > 1e-3
+
+
+def step_by_loops(policy, critic, rows, texts, old_logprobs, advantages, old_values, returns, args):
+    """The gradients of policy and critic for the responses of one optimizer step, each token by itself: clipped ratio
+    and clipped values; and how many tokens each clip decides for."""
+    policy_losses, value_losses, held = [], [], [0, 0]
+    for j in rows:
+        prompt, response = texts[j]
+        ids, first = torch.tensor([prompt + response]), len(prompt)
+        logprobs = torch.log_softmax(policy(ids).logits[0], -1)
+        values = critic(ids).logits[0, :, 0]
+        for t, token in enumerate(response, first):
+            a, target, start = advantages[j, t], returns[j, t], old_values[j, t]
+            ratio = (logprobs[t - 1, token] - old_logprobs[j, t]).exp()
+            bound = min(max(ratio.item(), 1 - args.clip_coef), 1 + args.clip_coef)
+            if a * bound < a * ratio.item():
+                policy_losses.append(-a * bound)
+                held[0] += 1
+            else:
+                policy_losses.append(-a * ratio)
+            value = values[t - 1]
+            bound = start + min(max((value - start).item(), -args.clip_coef_value), args.clip_coef_value)
+            if (bound - target) ** 2 > (value - target) ** 2:
+                value_losses.append((bound - target) ** 2 / 2)
+                held[1] += 1
+            else:
+                value_losses.append((value - target) ** 2 / 2)
+    n = len(policy_losses)
+    gradients = [torch.autograd.grad(sum(losses) / n, list(part.parameters()), materialize_grads=True)
+                 for part, losses in ((policy, policy_losses), (critic, value_losses))]  # fmt: skip
+    return *gradients, held, n
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_every_step_of_an_update_by_loops_over_single_rows(tiny, watch, double, monkeypatch):
+    """Two epochs of two minibatches: behind the first step the ratio is not 1, and clips decide. No gradient is left
+    from an earlier step, each model is clipped by its own norm, and nothing decays."""
+    rewards, gaes, rollouts = watch("token_rewards"), watch("gae"), watch("rollout")
+    policies, critics = watch("load_model"), watch("load_critic")
+    trained = watch_micro_batches(monkeypatch, ppo)
+    args = tiny(micro_batch_size=2, learning_rate=1e-3, critic_learning_rate=5e-3, max_grad_norm=5.0,
+                clip_coef=0.1, clip_coef_value=0.05)  # fmt: skip
+    with optimizer_steps() as steps:
+        metrics = ppo.main(args)
+    (call, _), ((_, old_values, mask, *_), _) = rewards[0], gaes[0]
+    texts = rows_of(rollouts[1][1][0])  # behind the evaluation
+    raw = by_loops(call, old_values, args)
+    tokens = raw[mask]
+    advantages, returns = (raw - tokens.mean()) / tokens.std(correction=0), raw + old_values
+    parts = [policies[0][1][0], critics[0][1]]
+    sizes = [len(list(part.parameters())) for part in parts]
+    final = [p.detach().clone() for part in parts for p in part.parameters()]
+    numbers = torch.cat(trained).tolist()
+    assert len(steps) == 4 and len(numbers) == 16 and sorted(numbers[:8]) == sorted(numbers[8:]) == list(range(8))
+    for part in parts:
+        part.eval()  # without the dropout that a TokenClassification class has before its head
+    decided, norms = [], []
+    for k, (parameters, gradients) in enumerate(steps):
+        for part, weights in zip(parts, (parameters[: sizes[0]], parameters[sizes[0] :])):
+            put(part, weights)
+        *want, held, n = step_by_loops(
+            *parts, numbers[4 * k : 4 * k + 4], texts, call[1], advantages, old_values, returns, args)
+        for got, own in zip((gradients[: sizes[0]], gradients[sizes[0] :]), want):
+            own = bounded(own, args.max_grad_norm)
+            assert (vector(got) - own).norm() < 1e-5 * own.norm()
+        decided.append([0 < count < n for count in held])
+        norms.append([vector(own).norm().item() for own in want])
+    assert decided == [[False, False], *[[True, True]] * 3]
+    assert min(norms)[0] < args.max_grad_norm < max(norms)[0]
+    assert [metrics["grad_norm/policy"], metrics["grad_norm/critic"]] == pytest.approx(norms[-1], rel=1e-6)
+    rates = [torch.full((vector(own).numel(),), rate) for own, rate in zip(want, (1e-3, 5e-3))]
+    behind = [vector(parameters) for parameters, _ in steps[1:]] + [vector(final)]
+    for got, own in zip(behind, adamw(steps, torch.cat(rates))):
+        assert (got - own).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_without_advantages_no_weight_moves(tiny, folders, watch):
+    """A reward of 0 everywhere and no KL: not a bit of any weight changes, in four steps at a high learning rate."""
+    policies, critics = watch("load_model"), watch("load_critic")
+    args = tiny(reward=(f"{folders}/reward.py:nothing",), critic="policy", kl_coef=0.0, missing_eos_penalty=0.0,
+                learning_rate=0.1, critic_learning_rate=0.1)  # fmt: skip
+    with optimizer_steps() as steps:
+        ppo.main(args)
+    parts = [policies[0][1][0], critics[0][1]]
+    after = [p for part in parts for p in part.parameters()]
+    assert len(steps) == 4 and all(torch.equal(p, start) for p, start in zip(after, steps[0][0], strict=True))
 
 
 def test_micro_batches_change_no_gradient_and_no_metric(tiny, watch, double, tmp_path):

@@ -12,7 +12,7 @@ from collections import defaultdict
 import pytest
 import torch
 from conftest import double_loads
-from rl import adamw, clipped, optimizer_steps, put, vector
+from rl import adamw, bounded, optimizer_steps, put, vector
 from tiny_runs import DATA, SCRIPTS, STEPWISE, head, launch, read, scripts, write
 
 from common import shuffled
@@ -142,8 +142,8 @@ BY_LOOPS = {"sft": of_demonstrations, "dpo": of_pairs, "reward_model": of_compar
 
 @scripts(*STEPWISE)
 def test_an_epoch_by_loops_over_single_rows(script, tiny, tmp_path, float64, monkeypatch, trained):
-    """The rows of a step weigh the same, ties and those of a short last batch included: its loss is their mean, or that of
-    their tokens. Its gradient is held to --max-grad-norm, and AdamW does the rest."""
+    """The rows of a step weigh the same, ties and those of a short last batch included: its loss is their mean, or that
+    of their tokens. Its gradient is held to --max-grad-norm, and AdamW does the rest."""
     double_loads(monkeypatch, script.module, *script.loaders)
     rows, by_loops, bound = rows_for(script.name), BY_LOOPS[script.name], BOUNDS[script.name]
     path = write(tmp_path / "rows.jsonl", rows)
@@ -164,7 +164,7 @@ def test_an_epoch_by_loops_over_single_rows(script, tiny, tmp_path, float64, mon
         put(model, parameters)
         loss, metrics = by_loops(model, [rows[i] for i in order[4 * k : 4 * k + 4]], start)
         want = torch.autograd.grad(loss, list(model.parameters()))
-        error = vector(gradients) - clipped(want, bound)
+        error = vector(gradients) - bounded(want, bound)
         norms.append(vector(want).norm().item())
         assert error.norm() < 1e-5 * vector(gradients).norm()
         assert logged[k]["grad_norm"] == pytest.approx(norms[-1], rel=1e-6)
