@@ -915,6 +915,40 @@ def test_an_arena(tmp_path, capsys):
     assert "rmse" not in metrics and "regret" not in metrics
 
 
+def test_a_circle_of_wins(tmp_path, capsys):
+    """x over y over z over x: equal rewards, so each vote is half right and the loss is log 2; pi* is pi_ref."""
+    rows = [{**X, "outcome": "a"}, {"item_a": "y", "item_b": "z", "outcome": "a"}, {**Z, "outcome": "a"}]
+    run = tmp_path / "run"
+    metrics = bt.main(bt.Args(dataset=written(tmp_path, rows), output_dir=str(run), **SMALL))
+    board = json.loads((run / "leaderboard.json").read_text())
+    assert [row["reward"] for row in board] == [0, 0, 0] and [row["rank"] for row in board] == [1, 2, 3]
+    assert metrics["accuracy"] == 0.5 and metrics["loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert metrics["pi_ref/regret"] == pytest.approx(0, abs=1e-12)
+    assert "3 votes: accuracy 0.500, loss 0.6931" in capsys.readouterr().out
+
+
+def test_columns_of_a_known_policy(tmp_path, monkeypatch, capsys):
+    """Every column by hand, in the file and on the screen, of a method that reaches pi* where (9, 1) / 10 was
+    predicted, and of another one the other way round. Three votes in four make pi* = (3, 1) / 4 at beta 1.
+    """
+    reached, goal = tensor(0.75, 0.25).log(), tensor(0.9, 0.1).log()
+    monkeypatch.setattr(bt, "train_all", lambda *_: {"one": (reached, goal), "two": (goal, reached)})
+    file, entropy = written(tmp_path, [{**X, "wins_a": 3, "wins_b": 1}]), lambda p: -sum(w * math.log(w) for w in p)
+    metrics = bt.main(bt.Args(dataset=file, output_dir=str(tmp_path / "run"), beta=1.0, **SMALL))
+    r, kl = math.log(3) / 2, lambda p, q: sum(x * math.log(x / y) for x, y in zip(p, q))
+    one = {"expected_reward": r / 2, "kl": math.log(2) - entropy((0.75, 0.25)), "regret": 0.0,
+           "distance_to_optimal": 0.0, "predicted": kl((0.9, 0.1), (0.75, 0.25)), "error": math.log(2.5)}  # fmt: skip
+    lost = kl((0.9, 0.1), (0.75, 0.25))
+    two = {"expected_reward": 0.8 * r, "kl": math.log(2) - entropy((0.9, 0.1)), "regret": lost,
+           "distance_to_optimal": lost, "predicted": 0.0, "error": math.log(2.5)}  # fmt: skip
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for name, row in (("one", one), ("two", two)):
+        assert {key: metrics[f"{name}/{key}"] for key in row} == pytest.approx(row, abs=1e-12)
+        (shown,) = [line for line in lines if line[:1] == [name]]
+        assert [float(x) for x in shown[1:]] == pytest.approx(list(row.values()), rel=0.05, abs=1e-3)
+        assert shown[-1] == "9.2e-01"
+
+
 def no_constant(name):
     raise AssertionError(f"{name} is no JSON: other readers refuse the file")
 

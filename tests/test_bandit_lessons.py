@@ -301,6 +301,21 @@ def test_what_is_printed(tables):
         assert 0.7 < row["rated"] < row["compared"] < 0.95
 
 
+def test_greedy_is_best_only_if_it_is(tmp_path, monkeypatch, capsys):
+    """As learned; upside down; and with the two edges out of any one state the other way round."""
+    orders = [range(10), *([*range(k), k + 1, k, *range(k + 2, 10)] for k in range(0, 10, 2))]
+    fit_trajectories = lessons.fit_trajectories
+    monkeypatch.setattr(lessons, "reinforce_errors", lambda *_: {})  # the other tables, which take their time
+    monkeypatch.setattr(lessons, "minimize", lambda loss, x: x)
+    monkeypatch.setattr(lessons, "order_recovered", lambda *_: (0.5, 0.5))
+    for sign, order in ((-1, orders[0]), *((1, order) for order in orders)):
+        learn = lambda *inputs, sign=sign, order=order: sign * fit_trajectories(*inputs)[list(order)]
+        monkeypatch.setattr(lessons, "fit_trajectories", learn)
+        best = sign == 1 and order == orders[0]
+        assert lessons.main(lessons.Args(output=str(tmp_path / "lessons.json")))["greedy_is_best"] is best
+        assert f"the greedy policy is the best in every state: {best}\n" in capsys.readouterr().out
+
+
 def test_committed_tables(tables):
     """benchmarks/results holds what the command writes."""
     committed = json.loads((ROOT / "benchmarks" / "results" / "bandit_lessons.json").read_text())["metrics"]
