@@ -1,5 +1,8 @@
 """sample(): exactly the distribution that is scored, whatever the batch, the padding and the generation_config."""
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 import transformers
@@ -159,3 +162,60 @@ def test_ends_at_the_first_eos_of_several_and_not_at_one_in_the_prompt(model):
         assert lengths[i] == want and tokens[i, :want].tolist() == row[:want]
     short, long = [1, 5], [1] + [5] * 25
     assert drawn(model, [short, long], 12, [], seed=0)[2].tolist() == [12, 12]  # the budget excludes the prompt
+
+
+def law_of(model, prompt, max_new_tokens, eos_ids, temperature):
+    """{response: its probability} of all responses, in float64, from forward passes of single unpadded prefixes."""
+    law, open_ones = {}, {(): 1.0}
+    for _ in range(max_new_tokens):
+        longer = {}
+        for response, chance in open_ones.items():
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0, -1].double() / temperature
+            for token, p in enumerate(torch.softmax(logits, -1).tolist()):
+                place = law if token in eos_ids else longer
+                place[*response, token] = chance * p
+        open_ones = longer
+    return law | open_ones
+
+
+@pytest.mark.parametrize("kind, temperature", [("llama", 0.6), ("gpt2", 1.7)])
+def test_whole_responses_follow_their_law(kind, temperature):
+    """A chi-square test over all 53 responses of up to 3 tokens out of 5, of which two end them, behind four ragged
+    prompts in the same batches; rows that have ended leave the batch. Each statistic is far below its bound.
+    """
+    model, n = make_model(kind), 1200
+    model.resize_token_embeddings(5, mean_resizing=False)
+    prompts = [[1, 4, 3], [1], [1, 0, 2, 4, 3, 0, 1, 4, 2], [1, 3, 3, 0]]
+    batch = sample(model, prompts * n, 3, [2, 4], temperature, seed=3, batch_size=1000)
+    responses = responses_of(batch)
+    for i, prompt in enumerate(prompts):
+        with torch.no_grad():
+            law = law_of(model, prompt, 3, [2, 4], temperature)
+        assert len(law) == 53 and abs(sum(law.values()) - 1) < 1e-6
+        counts = Counter(map(tuple, responses[i :: len(prompts)]))
+        assert set(counts) <= set(law)
+        frequent = [response for response in law if n * law[response] >= 5]
+        cells = [(counts[response], n * law[response]) for response in frequent]
+        rest = n - sum(expected for _, expected in cells)
+        if rest > 1:  # the rare ones are one cell
+            cells.append((n - sum(seen for seen, _ in cells), rest))
+        statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+        freedom = len(cells) - 1
+        assert freedom > 8
+        assert statistic < freedom + 4 * (2 * freedom) ** 0.5, (prompt, statistic, freedom)
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should_be(monkeypatch):
+    """64 tokens of probability 1e-9 each behind a likely one, and noise spread evenly over their share: each of them
+    is drawn once. Sums in fp32, where 1 - 1e-8 is 1, would draw none of them.
+    """
+    model = make_model("llama", tie_word_embeddings=False)
+    head = torch.nn.Linear(64, 65)
+    torch.nn.init.zeros_(head.weight)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([0.0] + [math.log(1e-9)] * 64))
+    model.set_output_embeddings(head)
+    share = (torch.arange(64, dtype=torch.float64) + 0.5) / 64  # of what lies behind the first token
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: (1 - 64e-9 / (1 + 64e-9) * (1 - share))[:, None])
+    tokens, *_ = drawn(model, [[1, 5, 9]] * 64, 1, [2])
+    assert tokens[:, 0].tolist() == list(range(1, 65))
