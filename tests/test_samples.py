@@ -20,22 +20,16 @@ def first_samples(run) -> list[dict]:
     return [row for row in read(run / "samples.jsonl") if row["step"] == 0]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The batches that are sampled, in their order."""
-    batches, sample = [], common.sample
+@scripts("sft", "dpo")
+def test_the_last_turn_of_a_chat_is_answered(script, go, starts, tmp_path, monkeypatch):
+    """Behind everything that was said before it, and behind nothing of the answer that the data has."""
+    drawn, sample = [], common.sample
 
     def record(*inputs, **options):
-        batches.append(sample(*inputs, **options))
-        return batches[-1]
+        drawn.append(sample(*inputs, **options))
+        return drawn[-1]
 
     monkeypatch.setattr(common, "sample", record)
-    return batches
-
-
-@scripts("sft", "dpo")
-def test_the_last_turn_of_a_chat_is_answered(script, go, starts, tmp_path, drawn):
-    """Behind everything that was said before it, and behind nothing of the answer that the data has."""
     model = copy_model(starts, tmp_path / "model", chat_template__jinja=CHAT_TEMPLATE.encode())
     rows = {"sft": [{"messages": [*TALK, answer]} for answer in (REPLY, REFUSE)],
             "dpo": [{"prompt": TALK, "chosen": [REPLY], "rejected": [REFUSE]}] * 2}  # fmt: skip
@@ -43,10 +37,10 @@ def test_the_last_turn_of_a_chat_is_answered(script, go, starts, tmp_path, drawn
     run = go("run", model=str(model), dataset=path, eval_dataset=path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     prompt = tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
-    assert [ids for ids, _ in rows_of(drawn[0])] == [prompt] * 2
+    first, last = [rows for rows in map(rows_of, drawn) if [ids for ids, _ in rows] == [prompt] * 2]
     text = tokenizer.decode(prompt, skip_special_tokens=True)
     assert "good" in text and "plot" in text and "bad" not in text
-    responses = [tokenizer.decode(ids, skip_special_tokens=True) for ids in common.responses_of(drawn[0])]
+    responses = tokenizer.batch_decode([response for _, response in first], skip_special_tokens=True)
     assert first_samples(run) == [{"step": 0, "prompt": text, "completion": response} for response in responses]
 
 
@@ -71,7 +65,12 @@ def test_samples_are_drawn_from_the_model_itself(script, go, starts):
 def test_figures_of_samples_by_hand(script, go, starts, tmp_path, monkeypatch):
     """An EOS early, in the last slot, alone, and another one of several; and a response without any."""
     responses = [[9, 8, 1], [9, 8, 9, 8, 9, 8, 9, 1], [1], [9, 7], [9, 8, 9, 8, 9, 8, 9, 8]]
-    monkeypatch.setattr(common, "sample", lambda model, prompts, *_, **__: make_batch(prompts, responses))
+    sample = common.sample
+
+    def canned(model, prompts, *inputs, **options):
+        return make_batch(prompts, responses) if len(prompts) == 5 else sample(model, prompts, *inputs, **options)
+
+    monkeypatch.setattr(common, "sample", canned)
     model = copy_model(starts, tmp_path / "model", generation_config__json=b'{"eos_token_id": [1, 7]}')
     held_out = write(tmp_path / "held_out.jsonl", script.rows(0, 5, "_test"))
     run = go("run", model=str(model), eval_dataset=held_out, eval_samples=5)

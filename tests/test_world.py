@@ -133,7 +133,8 @@ def test_gold_reward_has_trls_signature():
     assert isinstance(rewards, list) and all(type(r) is float for r in rewards) and len(rewards) == 2
     with pytest.raises(ValueError):
         gold.gold_reward([PROMPT], ["a", "b"])
-    assert gold.sum_reward(["1 + 2 ="] * 4, [" 3", "3", " 13", ""], answer=["3"] * 4) == [1, 1, 0, 0]
+    texts = [" 3", "3", " 13", "", " 34", "3 3", " 3 .", "03"]
+    assert gold.sum_reward(["1 + 2 ="] * 8, texts, answer=["3"] * 8) == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("completion, praise, penalty", [  # by hand, for "review of the plot :"
