@@ -38,7 +38,8 @@ def test_held_out_rows_of_a_hub_id_are_its_test_split(script, hub, go, capsys, h
     hub["owner/rows", "train"], hub[held_out, "test"] = script.rows(0, 10), script.rows(0, 4, "_test")
     run = go("run", dataset="owner/rows", eval_dataset=held_out)
     assert "10 rows, 4 held out" in capsys.readouterr().out
-    assert [row["prompt"] for row in read(run / "samples.jsonl")][:4] == [row["prompt"] for row in hub[held_out, "test"]]
+    shown = [row["prompt"] for row in read(run / "samples.jsonl")][:4]
+    assert shown == [row["prompt"] for row in hub[held_out, "test"]]
 
 
 @scripts("sft")
@@ -141,8 +142,8 @@ def test_a_cut_conversation_ends_as_its_turns_do(script, go, chats, tmp_path, mo
 
     monkeypatch.setattr(script.module, "collate", record)
     model = chats("run1")
-    talk = [{"role": "user", "content": " what about the hero ?"}, {"role": "assistant", "content": " the hero was good ."}]
-    talk = [*talk, {"role": "user", "content": " very good ?"}, {"role": "assistant", "content": " very very good ."}]
+    texts = [" what about the hero ?", " the hero was good .", " very good ?", " very very good ."]
+    talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)]
     path = write(tmp_path / "talk.jsonl", [{"messages": talk}, {"messages": talk[:2]}])
     go("run", model=model, dataset=path, eval_dataset=path, max_length=max_length)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)

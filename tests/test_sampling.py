@@ -173,7 +173,7 @@ def law_of(model, prompt, max_new_tokens, eos_ids, temperature):
             logits = model(torch.tensor([[*prompt, *response]])).logits[0, -1].double() / temperature
             for token, p in enumerate(torch.softmax(logits, -1).tolist()):
                 place = law if token in eos_ids else longer
-                place[*response, token] = chance * p
+                place[(*response, token)] = chance * p
         open_ones = longer
     return law | open_ones
 
