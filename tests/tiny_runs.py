@@ -335,7 +335,11 @@ def starts(tmp_path_factory):
     reward models of two steps from each; files of ten rows, the first eight, eight others and four held out; a
     file of reward functions.
     """
-    folder = tmp_path_factory.mktemp("starts")
+    return make_starts(tmp_path_factory.mktemp("starts"))
+
+
+def make_starts(folder):
+    """The fixture `starts`, in this empty folder."""
     (folder / "rewards.py").write_text(REWARDS)
     for name, script in SCRIPTS.items():
         write(folder / f"{name}.jsonl", script.rows(0, 10))
@@ -395,18 +399,23 @@ def tiny(script, tmp_path, starts) -> Callable:
     """
 
     def make(epochs=1, **flags):
-        args = TINY | {
-            "dataset": str(starts / f"{script.name}.jsonl"), "num_train_epochs": epochs,
-            "eval_dataset": str(starts / f"{script.name}_held_out.jsonl"), "output_dir": str(tmp_path / "run")}
-        for flag, kind in script.model_flags.items():
-            args |= script.flag(flag, str(starts / f"{kind}1" / "model"))
-        args |= script.tiny
-        args = {flag: value for flag, value in args.items() if flag in script.flags} | flags
-        if script.is_sampler and "total_episodes" not in flags:
-            args["total_episodes"] = max(3 * epochs * args["batch_size"] * args["num_minibatches"], 1)
-        return script.module.Args(**args)
+        return tiny_args(script, starts, tmp_path / "run", epochs, **flags)
 
     return make
+
+
+def tiny_args(script, starts, folder, epochs=1, **flags):
+    """What the fixture `tiny` makes, of a run in this folder."""
+    args = TINY | {
+        "dataset": str(starts / f"{script.name}.jsonl"), "num_train_epochs": epochs,
+        "eval_dataset": str(starts / f"{script.name}_held_out.jsonl"), "output_dir": str(folder)}
+    for flag, kind in script.model_flags.items():
+        args |= script.flag(flag, str(starts / f"{kind}1" / "model"))
+    args |= script.tiny
+    args = {flag: value for flag, value in args.items() if flag in script.flags} | flags
+    if script.is_sampler and "total_episodes" not in flags:
+        args["total_episodes"] = max(3 * epochs * args["batch_size"] * args["num_minibatches"], 1)
+    return script.module.Args(**args)
 
 
 def launch(script, args):
