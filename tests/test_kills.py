@@ -1,8 +1,12 @@
 """kill -9 at a random moment of each script and at moments that are rare, and what kills.py says of planted bugs."""
 
+import fcntl
 import functools
 import os
 import shutil
+import signal
+import time
+import types
 from pathlib import Path
 
 import kills
@@ -26,9 +30,10 @@ def whole(script, starts, tmp_path):
 
 
 def stories_at(whole, starts, folder, *wanted) -> list[kills.Story]:
-    """Of a run that is killed at each of these places, the last of its name."""
+    """Of runs that are killed at these places, at the last one of each name."""
     run = whole(2)
     places = {place.what: place for place in kills.places_of(folder / "operations.txt")}
+    assert set(wanted) <= set(places), list(places)
     return [kills.try_place(places[what], starts, run, folder / f"run{i}") for i, what in enumerate(wanted)]
 
 
@@ -49,11 +54,12 @@ def test_moments_are_spread():
         assert 5 <= sum(kill.again is not None for kill in own) <= 8
 
 
-@scripts("sft", "reward_model")
-def test_killed_within_a_save(whole, starts, tmp_path):
-    """The checkpoint is half on the disk, or not yet in place; args.json is there, and no model/; half of it is."""
-    places = ("within state/checkpoint.tmp", "before os.rename state/checkpoint.tmp", "before os.mkdir model.tmp",
-              "within model.tmp/tokenizer.json", "before os.rename model.tmp")
+@pytest.mark.parametrize("name, places", [
+    ("sft", ("within state/checkpoint.tmp", "before os.rename state/checkpoint.tmp", "before os.mkdir model.tmp",
+             "within model.tmp/tokenizer.json", "before os.rename model.tmp")),
+    ("ppo", ("before os.mkdir critic", "within critic/tokenizer.json"))])
+def test_killed_within_a_save(whole, starts, tmp_path, places):
+    """A checkpoint that is half on the disk, or not yet in place; args.json is there, and no model/; half a folder."""
     for story in stories_at(whole, starts, tmp_path, *places):
         assert story.events and not story.wrong, str(story)
 
@@ -67,6 +73,27 @@ def test_killed_within_a_save(whole, starts, tmp_path):
 def test_killed_where_something_may_be_left_over(whole, starts, tmp_path, place):
     (story,) = stories_at(whole, starts, tmp_path, place)
     assert story.events and not story.wrong, str(story)
+
+
+def test_child_and_parent_share_no_open_file(tmp_path):
+    """A lock is released when the parent closes its file, whatever its children do, and output is the child's own."""
+    def main(args):
+        print("started")
+        time.sleep(60)
+
+    file = open(tmp_path / "lock", "w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    log = tmp_path / "log"
+    child = kills.Child(types.SimpleNamespace(module=types.SimpleNamespace(main=main)), None, log)
+    try:
+        while not (log.exists() and log.read_text().endswith("started\n")):
+            assert not child.ended(), log.read_text()
+        file.close()
+        with open(tmp_path / "lock", "w") as again:
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        assert child.kill()
+    assert child.code == -signal.SIGKILL
 
 
 # ---- kills.py finds what is wrong ----
