@@ -793,9 +793,9 @@ REWARDS = {  # name: (how the run has to end, source)
     "BOM": ("ran", "\ufeff" + REWARD),
     "prints": ("ran", HEAD + "print('line\\n' * 20000); return [1.0] * len(completions)"),
     "warns": ("ran", HEAD + "import warnings; warnings.warn('slow'); return [1.0] * len(completions)"),
-    "default dtype": ("ran", "import torch\n" + HEAD
+    "default dtype": ("either", "import torch\n" + HEAD
                       + "torch.set_default_dtype(torch.float64); return [1.0] * len(completions)"),
-    "default device": ("ran", "import torch\n" + HEAD
+    "default device": ("either", "import torch\n" + HEAD
                        + "torch.set_default_device('meta'); return [1.0] * len(completions)"),
     "no gradients": ("ran", "import torch\n" + HEAD
                      + "torch.set_grad_enabled(False); return [1.0] * len(completions)"),

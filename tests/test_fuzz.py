@@ -41,7 +41,8 @@ def end(world, tmp_path, monkeypatch):
     def run(spoil=lambda case: None, main=None, target="sft"):
         monkeypatch.setitem(KINDS, "planted", ([target], 1, spoil))
         if main:
-            monkeypatch.setattr(SCRIPTS[target].module, "main", main)
+            module = SCRIPTS["reward_model" if target == "score" else target].module
+            monkeypatch.setattr(module, "main", main)
         return run_case(world, tmp_path.resolve() / "case", 1, f"planted/{target}/0", "planted", target)
 
     return run
@@ -93,10 +94,6 @@ def writes_no_files(args):
     return {"loss": 1.0}
 
 
-def returns_nan(args):
-    return {"loss": float("nan")}
-
-
 def changes_data(args):
     with open(args.dataset, "a") as file:
         file.write("\n")
@@ -141,7 +138,6 @@ def finishes_first(args):
     (interrupts_itself, "TRACEBACK"),
     (prints_a_traceback, "TRACEBACK"),
     (writes_no_files, "NONSENSE"),
-    (returns_nan, "NONSENSE"),
     (changes_data, "LOST"),
     (removes_data, "LOST"),
     (changes_the_model, "LOST"),
@@ -205,6 +201,22 @@ def test_logs_that_are_no_json_are_seen(end, world):
     plain = SCRIPTS["sft"].module.main
     outcome = end(wanting(), main)
     assert outcome.label == "NONSENSE" and "metrics.jsonl" in outcome.detail, outcome
+
+
+def test_metrics_that_are_not_finite_are_seen(end):
+    plain = SCRIPTS["sft"].module.main
+    outcome = end(wanting(), lambda args: {**plain(args), "loss": float("nan")})
+    assert outcome.label == "NONSENSE" and "nan" in outcome.detail, outcome
+
+
+def test_scores_that_are_not_finite_are_seen(end):
+    def main(args):
+        with open(args.score.replace(".jsonl", ".scores.jsonl"), "w") as file:
+            file.write('{"score": NaN, "reward": 0.0}\n')
+        return {}
+
+    outcome = end(lambda case: case.data(case.good()), main, "score")
+    assert outcome.label == "NONSENSE" and "scored" in outcome.detail, outcome
 
 
 def test_weights_that_are_not_finite_are_seen(end):
@@ -295,12 +307,12 @@ def test_cases_are_a_function_of_the_seed():
 def test_the_files_of_a_case_are_a_function_of_the_seed(world, tmp_path):
     """Whichever cases ran before."""
     contents = []
-    for seed, folder in ((1, "a"), (1, "b"), (2, "c")):
-        path = tmp_path.resolve() / folder / "case"
-        run_case(world, path, seed, "flipped bytes/bandit_bt/4", "flipped bytes", "bandit_bt")
+    for seed, number in ((1, 4), (1, 4), (2, 4), (1, 5)):
+        path = tmp_path.resolve() / str(len(contents))
+        run_case(world, path, seed, f"flipped bytes/bandit_bt/{number}", "flipped bytes", "bandit_bt")
         contents.append((path / "rows.jsonl").read_bytes())
     good = lines_of(good_rows("bandit_bt", "text", random.Random("1 flipped bytes/bandit_bt/4")))
-    assert contents[0] == contents[1] != contents[2] and contents[0] != good
+    assert contents[0] == contents[1] and len({*contents, good}) == 4
 
 
 @pytest.mark.parametrize("kind_name", KINDS)
