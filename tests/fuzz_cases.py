@@ -819,7 +819,7 @@ REWARDS = {  # name: (how the run has to end, source)
 def rewards(case):
     name = case.name.rpartition("/")[2]
     case.wanted, source = REWARDS[name]
-    case.words = ["reward.py"]
+    case.words = ["reward.py"] if case.wanted == "refused" else []
     case.write("reward.py", source)
     rows = [{**row, "notes": ["a"]} for row in case.good("chat")]
     path = case.data(rows)
@@ -877,6 +877,8 @@ def missing_model_files(case):
     case.wanted = others.get(name, "either")
     if name == "tokenizer.json" and folder.name == "scorer":
         case.wanted = "either"
+    if name == "model.safetensors" and case.target == "reward_model":
+        case.wanted = "either"  # a reward model may start at random, or be refused
 
 
 @kind(ROWS)
