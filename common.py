@@ -579,7 +579,7 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         for part in (config, *vars(config).values()):
             if isinstance(part, transformers.PretrainedConfig):  # of the model, or of one within it
-                noise = [key for key, value in vars(part).items() if re.search("drop|jitter", key) and value]
+                noise = [key for key, value in vars(part).items() if "drop" in key and value]
                 part.update({key: type(getattr(part, key))(0) for key in noise})
         plain = re.compile(r".*(?<!index)\.(json|jinja|txt|model|md|py)|[A-Z.][^.]*")
         others = [file.name for file in folder.glob("*") if not plain.fullmatch(file.name)]
@@ -636,14 +636,17 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
                 own = model(input_ids=pad([ids], model.device)).logits[0]
                 gaps.append(own - scores[row, len(ids) - 1])
         else:
-            stop = responses_of(sample(model, pair, 2, [-1]))[1][-1:]  # the second one's second token
-            ids, mask, sampled = sample(model, pair, 4, stop).values()
-            scored = sequence_logprobs(model, ids, mask)
-            for row, end in enumerate(last_token(mask) + 1):
+            first, second = responses_of(sample(model, pair, 4, [-1]))
+            stop = next((token for other, token in zip(first, second) if token != other), -1)
+            ids, mask, sampled = sample(model, pair, 4, [stop]).values()
+            ends = last_token(mask) + 1
+            inside = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < ends[:, None]
+            inside[:, 0] = False  # nothing predicts it
+            scored = sequence_logprobs(model, ids, inside)
+            for row, end in enumerate(ends):
                 logits = model(input_ids=ids[row : row + 1, :end]).logits[0, :-1].float()
                 own = -F.cross_entropy(logits, ids[row, 1:end], reduction="none")
-                own = own[mask[row, 1:end]]
-                gaps += [own - scored[row, mask[row]], own - sampled[row, mask[row]]]
+                gaps += [own - scored[row, 1:end], (own - sampled[row, 1:end])[mask[row, 1:end]]]
     gap = torch.cat(gaps).abs().max()
     if not gap < 3e-4:  # NaN fails too
         fail(f"{name}: {type(model).__name__}'s log-probs or scores differ by {gap:.2g} in sampling, "
