@@ -798,11 +798,13 @@ class Run:
         self.num_steps, self.parts = num_steps, parts
         models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         weights = [weight.flatten()[:9].tolist() for model in models for weight in model.parameters()]
-        self.inputs = [zlib.crc32(repr(x).encode()) for x in (*inputs, *weights)]
+        prints = lambda things: [zlib.crc32(repr(x).encode()) for x in things]
+        self.inputs = {"the data or a reward": prints(inputs), "the model to start from": prints(weights)}
         if self.state:
             with blame(f"--resume: {self.file} does not fit"):
-                if self.state["inputs"] != self.inputs:
-                    raise ValueError("data, the model to start from or rewards are not what they were")
+                for what, before in self.state["inputs"].items():
+                    if self.inputs[what] != before:
+                        raise ValueError(f"{what} has changed")
                 for name, part in parts.items():
                     part.load_state_dict(self.state[name])
         with blame(f"--output-dir {self.folder} cannot be written, or another run writes there"):

@@ -25,7 +25,9 @@ HOUSE = [stem for stem in SOURCES if stem != "common"]  # the scripts
 
 # ---- Sizes: nobody raises these figures ----
 
-LINES = {"sft": 190, "dpo": 260, "reward_model": 360, "grpo": 420, "ppo": 420, "bandit_bt": 490, "common": 800}
+# ppo.py and grpo.py together gave common.py the 90 lines of 420 each that stand there once in place of twice:
+# the sum, 2940, is what nobody raises.
+LINES = {"sft": 190, "dpo": 260, "reward_model": 360, "grpo": 375, "ppo": 375, "bandit_bt": 490, "common": 890}
 LINES_OF_PART_I = 380  # of common.py, everything before the banner of part II
 WIDTH = 110
 TOKENS_PER_LINE = 12
@@ -35,6 +37,7 @@ DIFFERENCE = 450  # lines of `diff ppo.py grpo.py`
 
 def test_the_house_is_complete():
     assert {*SCRIPTS, "common"} <= set(SOURCES) <= set(LINES)
+    assert sum(LINES.values()) == 2940
 
 
 @pytest.mark.parametrize("stem", SOURCES)
@@ -173,7 +176,7 @@ def test_no_script_redefines_a_name_of_common():
 
 @pytest.mark.parametrize("stem", HOUSE)
 def test_script_ends_with_the_command_line(stem):
-    assert SOURCES[stem].endswith('\n\nif __name__ == "__main__":\n    main(tyro.cli(Args))\n')
+    assert SOURCES[stem].endswith('\n\nif __name__ == "__main__":\n    main(tyro.cli(Args, description=__doc__))\n')
 
 
 @pytest.mark.parametrize("stem", HOUSE)

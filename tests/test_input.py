@@ -32,8 +32,6 @@ BAD_ROWS = {  # name: (the second of two rows, words of the error besides file:2
     "an empty prompt": ({"prompt": ""}, [], "ppo grpo"),  # nothing from which to choose the first token
     "a null": ({"prompt": PROMPT, "completion": None, "chosen": None, "rejected": " b"}, [],
                "sft dpo reward_model"),
-    "long prompt": ({"prompt": LONG, "completion": " good", "chosen": " good", "rejected": " bad"},
-                    ["--max-length"], "sft dpo reward_model"),
     "no chat template": ({**CHAT_PAIR, "completion": [REPLY]}, ["chat template"], EVERY),
     "no chat template for messages": ({"messages": [ASK, REPLY]}, ["chat template"], "sft"),
     "no chat template, implicit prompt": ({"chosen": [ASK, REPLY], "rejected": [ASK, REFUSE]},
@@ -117,9 +115,8 @@ def test_long_prompts_are_dropped_and_counted(go, refused, tmp_path, capsys):
 
 # ---- Flags ----
 
-WHOLE_NUMBERS = ["batch_size", "micro_batch_size", "num_train_epochs", "max_length", "eval_samples",
-                 "max_new_tokens", "total_episodes", "num_minibatches", "update_epochs", "max_prompt_length",
-                 "kl_horizon", "num_generations"]
+WHOLE_NUMBERS = ["batch_size", "micro_batch_size", "max_length", "eval_samples", "max_new_tokens", "num_minibatches",
+                 "update_epochs", "max_prompt_length", "kl_horizon", "num_generations"]
 NUMBERS = ["learning_rate", "critic_learning_rate", "temperature", "kl_coef", "target_kl", "clip_coef",
            "clip_coef_high", "max_grad_norm", "missing_eos_penalty"]
 BAD_FLAGS = {  # name: (flags, words of the error)
@@ -138,6 +135,8 @@ for flags, values in ((WHOLE_NUMBERS, (0, -4)), (NUMBERS, (-0.5, math.nan, math.
     for flag in flags:
         for value in values:
             BAD_FLAGS[f"{flag} {value}"] = ({flag: value}, [f"--{flag.replace('_', '-')}", str(value)])
+for flag in ("num_train_epochs", "total_episodes"):  # 0 evaluates and trains nothing
+    BAD_FLAGS[f"{flag} -4"] = ({flag: -4}, [f"--{flag.replace('_', '-')}", "-4"])
 for size in (1, 3, 16):
     BAD_FLAGS[f"group of {size}"] = ({"num_generations": size}, [f"--num-generations {size}", "8"])
 for value in (math.nan, math.inf, -math.inf):
@@ -443,8 +442,7 @@ def test_score_without_a_reward_model(refused, starts, tmp_path, kind):
 
 
 @scripts("reward_model")
-@pytest.mark.parametrize("rows", [["{"], [], [{"prompt": PROMPT}], [{**DEMONSTRATION, "prompt": LONG}]],
-                         ids=["not JSON", "empty", "column", "long"])
+@pytest.mark.parametrize("rows", [["{"], [], [{"prompt": PROMPT}]], ids=["not JSON", "empty", "column"])
 def test_bad_file_to_score(refused, starts, tmp_path, rows):
     path = write(tmp_path / "bad.jsonl", [DEMONSTRATION, *rows] if rows else [])
     error = refused(score=path, output_dir=str(starts / "reward1"))

@@ -624,8 +624,8 @@ TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "
 def test_prompts_are_prefixes_of_what_sft_trains_on(bpe_tokenizer, monkeypatch):
     monkeypatch.setattr(bpe_tokenizer, "chat_template", CHAT_TEMPLATE)
     rows = [{"prompt": "Answer: ", "_where": "x:1"}, {"prompt": TALK, "_where": "x:2", "extra": 7}]
-    (first, plain), (second, chat) = load_prompts(bpe_tokenizer, rows, [2], 99)
-    assert first == {**rows[0], "extra": None, "_end": 2} and second == {**rows[1], "_end": 2}
+    (first, plain), (second, chat) = load_prompts(bpe_tokenizer, rows, 99)
+    assert first == {**rows[0], "extra": None} and second == rows[1]
     assert plain == [1, *bpe_tokenizer("Answer: ", add_special_tokens=False)["input_ids"]]
     assert chat == bpe_tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
     assert bpe_tokenizer.decode(chat).endswith("<user>help me</s>\n<assistant>")
@@ -637,13 +637,13 @@ def test_prompts_are_prefixes_of_what_sft_trains_on(bpe_tokenizer, monkeypatch):
 
 def test_long_prompts_are_dropped_and_counted(bpe_tokenizer, capsys):
     rows = [{"prompt": text, "_where": "x:1"} for text in ("hello", "hello there, help me! " * 9, "help")]
-    kept = load_prompts(bpe_tokenizer, rows, [2], 8)
+    kept = load_prompts(bpe_tokenizer, rows, 8)
     assert [row["prompt"] for row, _ in kept] == ["hello", "help"] and all(len(ids) <= 8 for _, ids in kept)
     assert "1 of 3 prompts" in capsys.readouterr().out
     exact = max(len(ids) for _, ids in kept)
-    assert len(load_prompts(bpe_tokenizer, rows, [2], exact)) == 2
+    assert len(load_prompts(bpe_tokenizer, rows, exact)) == 2
     with pytest.raises(SystemExit):
-        load_prompts(bpe_tokenizer, rows[1:2], [2], 8)
+        load_prompts(bpe_tokenizer, rows[1:2], 8)
 
 
 def test_an_empty_prompt_without_bos_is_not_made_up():

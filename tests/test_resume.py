@@ -183,7 +183,12 @@ def test_interrupted_run_is_never_lost(script, refused, tiny, tmp_path, starts):
             continue
         value = option(script, flag, starts)
         error = refused(resume=True, **{**length, flag: value})
-        assert f"--{flag.replace('_', '-')} is {value}" in error
+        if flag in ("dataset", "eval_dataset", "reward"):  # which may move, with the same content
+            assert "--resume" in error and "the data or a reward has changed" in error
+        elif flag == "model":
+            assert "--resume" in error and "the model to start from has changed" in error
+        else:
+            assert f"--{flag.replace('_', '-')} is {value}" in error
     assert files_in(run) == before
     checkpoint = run / "state" / "checkpoint.pt"
     checkpoint.write_bytes(before[checkpoint][:5000])
@@ -198,7 +203,7 @@ def test_data_that_changed_under_its_name(script, refused, tiny, tmp_path):
     assert interrupt(script, tiny(dataset=path), 2, signal.SIGTERM) == 128 + signal.SIGTERM
     write(tmp_path / "rows.jsonl", script.rows(0, 9))
     error = refused(dataset=path, resume=True)
-    assert all(word in error for word in ("--resume", "data set", "9", "10")), error
+    assert "--resume" in error and "the data or a reward has changed" in error
 
 
 def test_checkpoint_that_is_a_pickle_is_refused(refused, tmp_path):

@@ -218,9 +218,12 @@ def test_reward_model_with_a_pad_token_of_its_own(script, go, chat_ends, reward_
 
 def test_chat_template_is_saved(script, go, starts, tmp_path):
     """Message lists train with a chat template, and the template travels with the model."""
-    folder = copy_model(starts, tmp_path / "model", chat_template__jinja=CHAT_TEMPLATE.encode())
+    flags = {}
+    for flag, kind in script.model_flags.items():
+        folder = copy_model(starts, tmp_path / flag, run=f"{kind}1", chat_template__jinja=CHAT_TEMPLATE.encode())
+        flags |= script.flag(flag, str(folder))
     path = write(tmp_path / "chat.jsonl", script.chat)
-    run = go("run", model=str(folder), dataset=path, eval_dataset=path)
+    run = go("run", **flags, dataset=path, eval_dataset=path)
     for part in script.parts:
         assert transformers.AutoTokenizer.from_pretrained(run / part).chat_template == CHAT_TEMPLATE
 

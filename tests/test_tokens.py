@@ -9,6 +9,7 @@ import transformers
 from common import encode, read_rows, split_rows
 from conftest import CHAT_TEMPLATE, ROOT
 
+LAYOUTS = "prompt", "messages", "chosen rejected"
 TALK = [
     {"role": "system", "content": "be kind"},
     {"role": "user", "content": "hello"},
@@ -108,7 +109,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(chat, capsys):
     chat.chat_template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(SystemExit):
         one(chat, {"messages": TALK[1:]})
-    assert "rows.jsonl:7: the chat template rewrites" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert line.startswith("error: rows.jsonl:7: ") and "chat template" in line
 
 
 def test_truncation_keeps_the_prompt_and_the_eos_and_is_counted(bpe_tokenizer, capsys):
@@ -117,8 +119,8 @@ def test_truncation_keeps_the_prompt_and_the_eos_and_is_counted(bpe_tokenizer, c
     full, _ = one(bpe_tokenizer, row)
     assert capsys.readouterr().out == ""
     ids, trained = one(bpe_tokenizer, row, max_length=prompt + 4)
-    assert ids == full[: prompt + 3] + [2] and trained == [False] * prompt + [True] * 4
-    assert "1 of 1 rows" in capsys.readouterr().out
+    assert ids == full[: prompt + 3] + [2] and trained == [False] * prompt + [True] * 3 + [False]
+    assert "1 of 1 rows" in capsys.readouterr().out  # the EOS is there to be read at, and not to be learned
     assert one(bpe_tokenizer, row, max_length=len(full))[0] == full
     for too_short in (
         prompt,
@@ -155,10 +157,11 @@ def test_truncation_of_a_conversation_ends_with_the_last_turn_that_fits(chat):
     first = trained.index(False, trained.index(True))  # behind the first assistant turn
     for max_length in range(first + 1, len(full)):
         ids, kept = one(chat, {"messages": TALK}, max_length=max_length)
-        assert len(ids) <= max_length and ids[-1] == 2 and kept[-1]
+        assert len(ids) <= max_length and ids[-1] == 2
         text = texts(chat, ids, kept)[1]
+        assert text.count("</s>") == 1  # of the first turn, which is whole
         if any(trained[first : max_length - 1]):
-            assert text.startswith("hello there</s>") and text.count("</s>") == 2
+            assert text.startswith("hello there</s>") and len(text) > 15 and not kept[-1]
         else:
             assert text == "hello there</s>" and ids == full[:first]
 
@@ -245,17 +248,17 @@ def test_held_out_rows_share_no_prompt_with_the_training_rows(tmp_path):
     path.write_text(
         "".join(json.dumps({"prompt": f"p{i // 3}", "completion": str(i)}) + "\n" for i in range(300))
     )
-    train, held_out = split_rows(str(path), "")
+    train, held_out = split_rows(str(path), "", *LAYOUTS)
     assert len(train) + len(held_out) == 300 and 9 <= len(held_out) <= 21
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
     (tmp_path / "x_test.jsonl").write_text('{"prompt": "own"}\n')
-    assert [r["prompt"] for r in split_rows(str(path), "")[1]] == ["own"] and len(
-        split_rows(str(path), "")[0]
+    assert [r["prompt"] for r in split_rows(str(path), "", *LAYOUTS)[1]] == ["own"] and len(
+        split_rows(str(path), "", *LAYOUTS)[0]
     ) == 300
     (tmp_path / "y.train.jsonl").write_text('{"prompt": "t"}\n')
     (tmp_path / "y.test.jsonl").write_text('{"prompt": "e"}\n')
-    assert split_rows(str(tmp_path / "y.train.jsonl"), "")[1][0]["prompt"] == "e"
-    assert split_rows(str(path), str(tmp_path / "y.test.jsonl"))[1][0]["prompt"] == "e"
+    assert split_rows(str(tmp_path / "y.train.jsonl"), "", *LAYOUTS)[1][0]["prompt"] == "e"
+    assert split_rows(str(path), str(tmp_path / "y.test.jsonl"), *LAYOUTS)[1][0]["prompt"] == "e"
 
 
 def test_held_out_conversations_and_implicit_prompts_are_new(tmp_path):
@@ -269,7 +272,7 @@ def test_held_out_conversations_and_implicit_prompts_are_new(tmp_path):
     }.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(400)))
-        train, held_out = split_rows(str(path), "")
+        train, held_out = split_rows(str(path), "", *LAYOUTS)
         number = {row["_where"]: i // 4 for i, row in enumerate(read_rows(str(path)))}
         assert len(held_out) == 20 and len(train) == 380
         assert not {number[row["_where"]] for row in train} & {number[row["_where"]] for row in held_out}

@@ -121,10 +121,10 @@ def test_the_reward_function_of_the_user_is_blamed_at_its_line(tmp_path, capsys)
     path.write_text("def colour(completions, **columns):\n    return [len(c) for c in columns['colour']]\n")
     spec = f"{path}:colour"
     score = reward_function(spec, word_tokenizer(), torch.device("cpu"))
-    rows = [{"prompt": "w5", "size": 3, "_where": "x:1", "_end": 2}]
-    line = refusal(capsys, lambda: score(rows, [[5]], [[6, 2]]))
+    rows = [{"prompt": "w5", "size": 3, "_where": "x:1"}]
+    line = refusal(capsys, lambda: score(rows, [[6, 2]]))
     assert f"--reward {spec}, given columns ['size']: {path}:2: KeyError: 'colour'" in line
-    assert score([{**rows[0], "colour": "red"}], [[5]], [[6, 2]]).tolist() == [3.0]
+    assert score([{**rows[0], "colour": "red"}], [[6, 2]]).tolist() == [3.0]
     for wrong in (f"{tmp_path}/none.py:colour", f"{path}:none"):
         line = refusal(capsys, lambda wrong=wrong: reward_function(wrong, word_tokenizer(), torch.device("cpu")))
         assert f"--reward {wrong}: " in line and re.search("FileNotFoundError|AttributeError", line)
@@ -170,11 +170,11 @@ def rates(num_steps, warmup_steps, anneal_lr, peak=8.0):
     [
         ((4, 0, True), [8, 6, 4, 2]),  # the step behind the last one would have 0
         ((4, 0, False), [8, 8, 8, 8]),
-        ((6, 2, True), [4, 8, 8, 6, 4, 2]),
-        ((6, 2, False), [4, 8, 8, 8, 8, 8]),
-        ((5, 4, True), [2, 4, 6, 8, 8]),
-        ((4, 4, True), [2, 4, 6, 8]),  # a warm-up to the last step
-        ((3, 8, True), [1, 2, 3]),  # and one that never ends
+        ((10, 2, True), [4, 8, 8, 7, 6, 5, 4, 3, 2, 1]),
+        ((10, 2, False), [4, 8, 8, 8, 8, 8, 8, 8, 8, 8]),
+        ((10, 9, True), [4, 8, 8, 7, 6, 5, 4, 3, 2, 1]),  # at most a fifth of the run
+        ((5, 4, True), [8, 8, 6, 4, 2]),
+        ((4, 4, True), [8, 6, 4, 2]),  # and none of a run of fewer than five steps
         ((1, 0, True), [8]),
         ((1, 1, True), [8]),
     ],
