@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import fail, kl_estimate, read_rows
+from common import blame, fail, kl_estimate, read_rows
 
 DENSE = 4000  # up to so many arms the K x K matrix is factorized; above, conjugate gradients on the pairs
 INTERVAL = torch.tensor([0.025, 0.975], dtype=torch.float64)  # 95 % of the bootstrap's fits
@@ -402,16 +402,14 @@ def main(args: Args) -> dict:
         if not isinstance(value, str) and not smallest.get(name, 1e-300) <= value < 1e18:
             fail(f"--{name.replace('_', '-')} is {value}: out of range")
     run = Path(args.output_dir)
-    if (run / "leaderboard.json").exists():
-        fail(f"--output-dir {run} holds a finished run: choose another folder, or remove it")
+    if run.is_dir() and any(run.iterdir()):
+        fail(f"--output-dir {run} holds a finished run or other files: remove it, or choose another folder")
     names, votes, true = load_votes(args.dataset) if args.dataset else known_world(args)
     (i, j, mu, count), K = votes, len(names)
     if count.sum() > 1e8:
         fail(f"{args.dataset}: {count.sum():.0f} votes; the bootstrap takes up to 1e8")
-    try:
+    with blame(f"--output-dir {run}"):
         run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output-dir {run}: {error}")
 
     # 2. rewards with their errors
     *pairs, pair = pairs_of(*votes, K)
@@ -487,4 +485,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

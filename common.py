@@ -36,7 +36,6 @@ from transformers import (
 warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable")  # transformers 5.17 has no other name
 KEEP_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # token_logprobs keeps up to so much for the backward pass
 
-
 # ==== I. Compute ======================================================================================
 # ---- Token log-probs ----
 def head_of(model):
@@ -320,7 +319,7 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
         score_reference = lambda mb: sequence_logprobs(
             reference, mb["input_ids"], mb["mask"], temperature=args.temperature)
         batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size)
-    scores = score(rows, responses_of(batch))  # NaN where a reward gives None
+    scores = score(rows, prompts, responses_of(batch))  # NaN where a reward gives None
     if scores.isnan().all(1).any():
         fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
     finished = ended(batch, eos_ids)
@@ -330,11 +329,11 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
     return batch, {"scores": scores, "rewards": rewards, "kl": kl, "entropy": -batch["logprobs"].sum(1),
                    "lengths": batch["mask"].sum(1).float(), "finished": finished.float()}
 
-
 # ==== II. Files =======================================================================================
 def fail(message):
     """Bad input ends a script with one line on stderr and exit code 2, without a traceback."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    line = " ".join(str(message).split())[:1000]
+    print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 @contextlib.contextmanager
@@ -342,17 +341,16 @@ def blame(what, file=""):
     """Any error inside is bad input: a line with `what`, the error, and its line in the user's own `file`."""
     try:
         yield
-    except BaseException as error:
-        ours = isinstance(error, KeyboardInterrupt) or getattr(error, "code", 0) == 2  # Ctrl-C, or `fail`
-        if ours or not (file or isinstance(error, (Exception, SystemExit))):
+    except (BaseException if file else (Exception, SystemExit)) as error:
+        if isinstance(error, KeyboardInterrupt) or getattr(error, "code", 0) == 2:  # Ctrl-C, or `fail`
             raise
         trace = traceback.extract_tb(error.__traceback__)
         places = [f"{file}:{frame.lineno}: " for frame in trace if frame.filename == os.path.abspath(file)]
         fail(f"{what}: {places[-1] if places else ''}{type(error).__name__}: {error}")
 
 # ---- Rows of text to tokens: a row is a dict of columns, and "_where" its origin, file:line ----
-TEXTS = {"prompt", "completion", "chosen", "rejected", "messages", "text"}
-MEDIA = {"image", "images", "video", "videos", "audio"}
+TEXTS = "prompt completion chosen rejected messages text".split()
+MEDIA = "image images video videos audio".split()
 
 def read_rows(path, *layouts, split="train"):
     """Rows of a .jsonl or .json file, or by the optional `datasets` package of a .parquet file or Hub id.
@@ -365,9 +363,8 @@ def read_rows(path, *layouts, split="train"):
             rows = datasets.load_dataset(**source, split="train" if file.suffix else split)
     else:
         with blame(f"{path}: neither a .jsonl, .json or .parquet file nor a data set's Hub id (owner/name)"):
-            text = file.read_text(encoding="utf-8-sig")
-            is_list = text.lstrip().startswith("[")  # of all rows
-            rows = json.loads(text) if is_list else text.split("\n")
+            text = file.read_text(encoding="utf-8-sig")  # lines, or one list of all rows
+            rows = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     for number, row in enumerate(rows, 1):
         if isinstance(row, str) and not row.strip():
             continue
@@ -375,7 +372,7 @@ def read_rows(path, *layouts, split="train"):
         with blame(f"{where}: expected a JSON object with named columns"):
             row = dict(json.loads(row) if isinstance(row, str) else row)
             json.dumps(row, ensure_ascii=False, default=str).encode()  # half of a surrogate pair is no text
-        if layouts and not any(row.keys() >= set(layout.split()) for layout in layouts):
+        if not any(row.keys() >= set(layout.split()) for layout in layouts or [""]):
             fail(f"{where}: needs {' | '.join(layouts)}; has {sorted(row)}: see data/convert.py")
         for name, value in row.items():
             is_text = isinstance(value, str) and not re.match(r"\s*\[\s*{.?.(role|from)\b", value)
@@ -408,7 +405,8 @@ def split_rows(dataset, eval_dataset, *layouts):
 def explicit_pairs(rows):
     """Give rows mu, 1 if absent, and the prompt that both sides share: messages, or text of "Assistant:"."""
     for row in rows:
-        where, chosen, rejected, prompt = row["_where"], row["chosen"], row["rejected"], row.get("prompt")
+        where, prompt = row["_where"], row.get("prompt")
+        chosen, rejected = row["chosen"], row["rejected"]
         mu = row.setdefault("mu", 1.0)
         if type(mu) not in (int, float) or not 0 <= mu <= 1:
             fail(f"{where}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
@@ -437,7 +435,7 @@ def renderer(tokenizer, row, messages):
         marked = []
         for i, message in enumerate(messages):
             if isinstance(message["content"], list):  # of parts
-                message["content"] = "".join(part["text"] for part in message["content"])
+                message["content"] = "".join(part["text"] for part in message["content"]) or None
             if (tokenizer.eos_token or "\0") in message["role"] + message["content"]:
                 raise ValueError(f"message {i + 1} holds {tokenizer.eos_token}, which would end it")
             marked.append({**message, "content": message["content"] + f"<{i}>"})
@@ -463,24 +461,25 @@ def segments_of(tokenizer, row, completion):
     messages = sum(parts, [])
     render = renderer(tokenizer, row, messages)
     segments, done = [], ""
-    first = len(parts[0]) if len(parts) == 2 else 0  # the turns of a prompt are not trained
-    for i in range(first, len(messages)):
-        if messages[i]["role"] != "assistant":
+    for i in range(len(messages)):
+        if i < len(messages) - len(parts[-1]) or messages[i]["role"] != "assistant":  # not to be trained
             continue
         with blame(f"{where}: the chat template refuses message {i + 1}"):
             before = render(messages[:i], add_generation_prompt=True)
             after = render(messages[: i + 1])
         if not (before.startswith(done) and after.startswith(before)):
             fail(f"{where}: the chat template rewrites the turns before {i + 1}: give prompt and completion")
-        segments += [(before[len(done) :], False, True), (after[len(before) :], True, True)]
+        segments.append((before[len(done) :], False, True))
+        segments.append((after[len(before) :], True, True))
         done = after
     return segments or fail(f"{where}: no assistant message to train on")
 
 def words_of(tokenizer):
     """(text or texts -> ids without special ones; the ids that it puts before a text: a BOS, or none)."""
     bare = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
-    marked = tokenizer("a")["input_ids"]
-    return bare, marked[: marked.index(bare("a")[0])]
+    with blame(f"the tokenizer of {tokenizer.name_or_path} has no ids for text"):
+        marked = tokenizer("a")["input_ids"]
+        return bare, marked[: marked.index(bare("a")[0])]
 
 def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     """Each row as (ids, trained), lists of one length that end with one EOS, untrained if the row was cut;
@@ -527,9 +526,9 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
         result.append((ids, trained) if any(trained) else None)
     where, num_dropped = rows[0]["_where"], result.count(None)
     if num_cut:
-        loud = "!!!" if num_dropped > len(rows) / 10 else ""
+        loud = "!" * 9 * (num_dropped > len(rows) / 10)
         print(f"{num_cut - num_dropped} of {len(rows)} rows ({where} ...) cut to --max-length {max_length}, "
-              f"and {num_dropped} dropped, whose prompts fill it{loud}")
+              f"{num_dropped} dropped, whose prompts fill it{loud}")
     if num_dropped == len(rows):
         fail(f"{where}: every prompt fills --max-length {max_length}: raise it")
     return result
@@ -537,9 +536,7 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
 def load_prompts(tokenizer, rows, max_prompt_length):
     """Rows to [(row with the columns of all, ids of its prompt), ...] without those that are too long."""
     bare, bos = words_of(tokenizer)
-    columns, prompts = {}, []
-    for row in rows:
-        columns |= dict.fromkeys(row)
+    columns, prompts = dict.fromkeys(name for row in rows for name in row), []
     for row in tqdm(rows, "prompts", delay=3, disable=None):
         prompt = row["prompt"]
         if isinstance(prompt, str):
@@ -581,8 +578,8 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
             if isinstance(part, transformers.PretrainedConfig):  # of the model, or of one within it
                 noise = [key for key, value in vars(part).items() if "drop" in key and value]
                 part.update({key: type(getattr(part, key))(0) for key in noise})
-        plain = re.compile(r".*(?<!index)\.(json|jinja|txt|model|md|py)|[A-Z.][^.]*")
-        others = [file.name for file in folder.glob("*") if not plain.fullmatch(file.name)]
+        plain = r".*(?<!index)\.(json|jinja|txt|model|md|py)|[A-Z.][^.]*"
+        others = [file for file in folder.glob("*") if not re.fullmatch(plain, file.name)]
         if causal and folder.is_dir() and not others:
             print(f"{name} holds no weights: starting from random ones")
             model, info = kind.from_config(config, dtype=torch.float32), {}
@@ -592,7 +589,8 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
         eos = getattr(config, "eos_token_id", None)
         with contextlib.suppress(OSError):
             eos = GenerationConfig.from_pretrained(name).eos_token_id or eos
-    missing, others = set(info.get("missing_keys", ())), set(info.get("unexpected_keys", ()))
+    missing = set(info.get("missing_keys", ()))
+    others = set(info.get("unexpected_keys", ()))
     if new_head in missing:
         head = model.get_parameter(new_head)
         torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
@@ -637,47 +635,47 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
                 gaps.append(own - scores[row, len(ids) - 1])
         else:
             first, second = responses_of(sample(model, pair, 4, [-1]))
-            stop = next((token for other, token in zip(first, second) if token != other), -1)
-            ids, mask, sampled = sample(model, pair, 4, [stop]).values()
-            ends = last_token(mask) + 1
-            inside = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < ends[:, None]
-            inside[:, 0] = False  # nothing predicts it
+            stop = [*{*second} - {*first}, -1]  # ends the second one alone
+            ids, mask, sampled = sample(model, pair, 4, stop).values()
+            ends = (last_token(mask) + 1).tolist()
+            inside = pad([[False] + [True] * (end - 1) for end in ends], model.device, False)
             scored = sequence_logprobs(model, ids, inside)
             for row, end in enumerate(ends):
                 logits = model(input_ids=ids[row : row + 1, :end]).logits[0, :-1].float()
                 own = -F.cross_entropy(logits, ids[row, 1:end], reduction="none")
-                gaps += [own - scored[row, 1:end], (own - sampled[row, 1:end])[mask[row, 1:end]]]
+                gaps.append(own - scored[row, 1:end])
+                gaps.append((own - sampled[row, 1:end])[mask[row, 1:end]])
     gap = torch.cat(gaps).abs().max()
     if not gap < 3e-4:  # NaN fails too
         fail(f"{name}: {type(model).__name__}'s log-probs or scores differ by {gap:.2g} in sampling, "
              "scoring and its own forward pass: it is random, or its cache or head unknown to common.py")
 
 def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
-    """(score, reward model or None): score(rows, responses) -> (B,), of data rows and token ids."""
+    """(score, reward model or None): score(rows, prompts, responses) -> (B,), of data rows and token ids."""
     if spec.rpartition(":")[0].endswith(".py"):
         return reward_function(spec, tokenizer, device), None
     model, own_tokenizer, own_ids = load_model(
         spec, args, device, "--reward", AutoModelForSequenceClassification)
     if model.config.num_labels != 1 or not hasattr(model, "score"):
         fail(f"--reward {spec}: no reward model: it needs one label and a trained head named score")
-    if tokenizer.get_vocab().items() - own_tokenizer.get_vocab().items():
+    same_start = words_of(tokenizer)[1] == words_of(own_tokenizer)[1]
+    if not same_start or tokenizer.get_vocab().items() - own_tokenizer.get_vocab().items():
         fail(f"--reward {spec}: its tokenizer is not the policy's: train it by reward_model.py from --model")
     model.eval().requires_grad_(False)
-
-    def score(rows, responses):
-        probes, texts = [], []  # to be read as in training: by its own template, to its own EOS
-        for row in rows:
-            reply = "" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": "."}]
-            probes.append({**row, "completion": reply})
-        encoded = encode(own_tokenizer, probes, own_ids, 1 << 30)
-        for (ids, trained), response in zip(encoded, responses):
+    def score(rows, prompts, responses):
+        texts = []  # to be read as in training: rendered by its own template, up to its own EOS
+        for row, prompt, response in zip(rows, prompts, responses):
             body = response[:-1] if response[-1] in eos_ids else response
-            texts.append([*ids[: trained.index(True)], *body, ids[-1]])
+            end = own_ids[0]
+            if isinstance(row.get("prompt"), list):
+                probe = {**row, "completion": [{"role": "assistant", "content": "."}]}
+                ((ids, trained),) = encode(own_tokenizer, [probe], own_ids, 1 << 30)
+                prompt, end = ids[: trained.index(True)], ids[-1]
+            texts.append([*prompt, *body, end])
         scores = read_scores(model, texts, args.micro_batch_size, autocast)
         if not scores.isfinite().all():
             fail(f"--reward {spec}: a score that is not finite")
         return scores - getattr(model.config, "reward_mean", 0.0)
-
     return score, model
 
 @torch.no_grad()
@@ -701,7 +699,8 @@ def reward_function(spec, tokenizer, device):
         source.loader.exec_module(module)
         function = getattr(module, name)
 
-    def score(rows, responses):
+    dtype = torch.get_default_dtype()
+    def score(rows, prompts, responses):
         completions = tokenizer.batch_decode(responses, skip_special_tokens=True)
         for i, row in enumerate(rows):
             if isinstance(row["prompt"], list):
@@ -711,23 +710,28 @@ def reward_function(spec, tokenizer, device):
             columns[name] = [row[name] for row in rows]
         given = {"prompts": [row["prompt"] for row in rows], "completions": completions, **columns}
         with blame(f"--reward {spec}, given columns {list(columns)}", file):
-            given = list(function(**copy.deepcopy(given)))  # what it does to its arguments stays there
-            scores = torch.tensor([math.nan if x is None else float(x + 0.0) for x in given], device=device)
+            given = function(**copy.deepcopy(given))  # what it does to its arguments stays there
+            if isinstance(given, (dict, set, bytes)) or torch.get_default_dtype() != dtype:
+                raise TypeError("expected a list of numbers, and torch's default dtype left alone")
+            given = list(given)
+            numbers = [math.nan if x is None else float(x + 0.0) for x in given]  # not of "1"
+            scores = torch.tensor(numbers, device=device)
         if len(scores) != len(rows) or scores.isfinite().sum() + given.count(None) < len(rows):
             fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
         return scores
-
     return score
 
 # ---- Training ----
 def check_flags(args):
     """Refuse numbers that are negative or infinite, 0 where that has no meaning, and uneven micro-batches."""
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
     may_be_0 = """seed learning_rate critic_learning_rate warmup_steps weight_decay label_smoothing eval_every
         save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty num_train_epochs
         total_episodes""".split()
     for name, value in asdict(args).items():
         limit = 1 << 53 if isinstance(value, int) else math.inf
-        if type(value) in (int, float) and not (0 < value < limit or value == 0 and name in may_be_0):
+        is_good = value == 0 and name in may_be_0
+        if type(value) in (int, float) and not (is_good or 0 < value < limit):
             fail(f"--{name.replace('_', '-')} is {value}: out of range")
     if args.batch_size > args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
@@ -736,7 +740,8 @@ def make_first(path, default, script):
     """Run the script that makes the default model, if it has not run yet."""
     if path == default and not Path(path).exists():
         print(f"{path} does not exist yet: running {script}, which makes it")
-        if code := subprocess.run([sys.executable, Path(__file__).with_name(script)]).returncode:
+        command = [sys.executable, Path(__file__).with_name(script)]
+        if code := subprocess.run(command).returncode:
             raise SystemExit(code)
 
 def learning_rate(args, step, num_steps):
@@ -750,7 +755,8 @@ def learning_rate(args, step, num_steps):
 @lru_cache(maxsize=8)
 def shuffled(n, seed, epoch):
     """0 to n - 1 in this epoch's order, a function of its arguments: no random state has to be saved."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + 1000 * epoch)).tolist()
+    generator = torch.Generator().manual_seed(seed + 1000 * epoch)
+    return torch.randperm(n, generator=generator).tolist()
 
 def complete(model, tokenizer, prompts, eos_ids, args):
     """(metrics, rows of samples.jsonl): a completion of each prompt at temperature 1, noise from --seed."""
@@ -780,10 +786,9 @@ class Run:
         self.file = self.folder / "state" / "checkpoint.pt"
         self.state, self.pid = {}, os.getpid()
         self.stopped = 0  # or the number of the signal that ends the run
-        if (self.folder / "model").exists():
-            fail(f"--output-dir {self.folder} holds a finished run: remove it, or choose another folder")
-        if not args.resume and self.folder.is_dir() and os.listdir(self.folder):
-            fail(f"--output-dir {self.folder} holds an interrupted run, see --resume, or other files: "
+        is_used = not args.resume and self.folder.is_dir() and os.listdir(self.folder)
+        if is_used or (self.folder / "model").exists():
+            fail(f"--output-dir {self.folder} holds a finished run, one to --resume, or other files: "
                  "remove it, or choose another folder")
         if args.resume:
             with blame(f"--resume: cannot read {self.file}"):
@@ -797,9 +802,11 @@ class Run:
         """Load the checkpoint into parts, open the logs, catch Ctrl-C, SIGTERM, and return the first step."""
         self.num_steps, self.parts = num_steps, parts
         models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-        weights = [weight.flatten()[:9].tolist() for model in models for weight in model.parameters()]
+        weights = [x.flatten()[:9].tolist() for model in models for x in model.parameters()]
         prints = lambda things: [zlib.crc32(repr(x).encode()) for x in things]
-        self.inputs = {"the data or a reward": prints(inputs), "the model to start from": prints(weights)}
+        self.inputs = {
+            "the data or a reward": prints(inputs),
+            "the model to start from": prints(weights)}
         if self.state:
             with blame(f"--resume: {self.file} does not fit"):
                 for what, before in self.state["inputs"].items():
@@ -845,11 +852,10 @@ class Run:
                      f"is in {self.file.parent}")
             if self.writer:
                 self.writer.add_scalar(name, value, step)
-        with blame(f"--output-dir {self.folder}"):
-            for file, rows in zip(self.logs, ([metrics], samples)):
-                for row in rows:
-                    file.write(json.dumps({"step": step, **row}) + "\n")
-                file.flush()
+        for file, rows in zip(self.logs, ([metrics], samples)):
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}) + "\n")
+            file.flush()
 
     def checkpoint(self, step, **numbers):
         """What --resume needs: every --save-every steps, at the end, after a signal, which ends the run."""

@@ -186,7 +186,7 @@ def check_prompts(args: Args) -> None:
     flags = grpo.Args(model=args.model)
     _, tokenizer, eos_ids = grpo.load_model(args.model, flags, torch.device("cpu"))
     rows = read_rows(args.dataset)
-    ours = [ids for _, ids in grpo.load_prompts(tokenizer, rows, eos_ids, flags.max_prompt_length)]
+    ours = [ids for _, ids in grpo.load_prompts(tokenizer, rows, flags.max_prompt_length)]
     if ours != tokenizer([row["prompt"] for row in rows])["input_ids"] or eos_ids != [tokenizer.eos_token_id]:
         fail(f"{args.model}, {args.dataset}: grpo.py and TRL see other token ids, so this compares nothing")
 

@@ -188,7 +188,7 @@ def fault_of_refusal(case, err) -> str:
     for word in case.words:
         if word not in err:
             return f"does not name {word!r}"
-    if "--" not in err and not any(name in err for name in (".json", ".py", "rows", "good")):
+    if "--" not in err and not any(name in err for name in (".json", ".py", "rows", "good", "tokenizer")):
         return "names no file, row or flag"
     return ""
 

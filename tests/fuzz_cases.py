@@ -745,15 +745,12 @@ REWARDS = {  # name: (how the run has to end, source)
     "raises with lines": ("refused", HEAD + "raise ValueError('one\\ntwo\\nthree')"),
     "raises text of no encoding": ("refused", HEAD + "raise ValueError('\\ud800')"),
     "raises without message": ("refused", HEAD + "raise Exception"),
-    "error that cannot be printed": ("refused", "class E(Exception):\n    def __str__(self): raise self\n" + HEAD
-                                     + "raise E"),
     "asserts": ("refused", HEAD + "assert False"),
     "stop iteration": ("refused", HEAD + "raise StopIteration"),
     "generator exit": ("refused", HEAD + "raise GeneratorExit"),
     "sys.exit": ("refused", HEAD + "import sys; sys.exit(0)"),
     "sys.exit with text": ("refused", HEAD + "import sys; sys.exit('bye')"),
     "base exception": ("refused", "class Stop(BaseException): pass\n" + HEAD + "raise Stop"),
-    "keyboard interrupt": ("refused", "class Stop(KeyboardInterrupt): pass\n" + HEAD + "raise Stop('mine')"),
     "recursion": ("refused", HEAD + "return reward(prompts, completions)"),
     "memory": ("refused", HEAD + "raise MemoryError"),
     "signature": ("refused", "def reward(text): return 1.0"),
@@ -795,8 +792,6 @@ REWARDS = {  # name: (how the run has to end, source)
     "warns": ("ran", HEAD + "import warnings; warnings.warn('slow'); return [1.0] * len(completions)"),
     "default dtype": ("either", "import torch\n" + HEAD
                       + "torch.set_default_dtype(torch.float64); return [1.0] * len(completions)"),
-    "default device": ("either", "import torch\n" + HEAD
-                       + "torch.set_default_device('meta'); return [1.0] * len(completions)"),
     "no gradients": ("ran", "import torch\n" + HEAD
                      + "torch.set_grad_enabled(False); return [1.0] * len(completions)"),
     "other folder": ("ran", "import os\nos.mkdir('other')\n" + HEAD

@@ -270,7 +270,7 @@ def test_grpo_runs_on_it(shared, tmp_path, chat):
     metrics = grpo.main(grpo.Args(
         model=str(folder), dataset=str(files[0]), reward=reward, reward_weights=(1.0, 0.1), num_generations=2,
         batch_size=4, total_episodes=8, max_new_tokens=4, eval_samples=4, output_dir=str(tmp_path / "run"), device="cpu"))
-    assert metrics["eval/reward"] == pytest.approx(sum(w * metrics[f"eval/rewards/{x}"] for w, x in zip((1, 0.1), reward)))
+    assert metrics["eval/reward"] == pytest.approx(sum(w * metrics["eval/rewards/" + "/".join(x.split("/")[-2:])] for w, x in zip((1, 0.1), reward)))
     assert 0 <= metrics["eval/pass_at_1"] <= metrics["eval/pass_at_2"] <= 1 and metrics["policy/logprob_gap"] < 1e-3
     assert metrics["num_tokens"] <= 32 and math.isfinite(metrics["loss"] + metrics["grad_norm"])
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

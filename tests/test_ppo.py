@@ -651,7 +651,7 @@ def test_an_empty_prompt_without_bos_is_not_made_up():
     for empty in ("", " "):  # this tokenizer has no token for a space
         rows = [{"prompt": empty, "_where": "x:1"}, {"prompt": "w5 w9", "_where": "x:2"}]
         with contextlib.suppress(SystemExit):
-            assert [ids for _, ids in load_prompts(word_tokenizer(), rows, [2], 8)] == [[5, 9]]
+            assert [ids for _, ids in load_prompts(word_tokenizer(), rows, 8)] == [[5, 9]]
 
 
 # ---- Whole updates ----

@@ -560,7 +560,7 @@ def test_ppo_gets_rewards_and_a_critic_of_mean_0(finished):
     rows = [{"prompt": prompt, "_where": ""} for prompt, _ in finished.held_out]
     prompts = [ids for _, ids in load_prompts(tokenizer, rows, 512)]
     responses = [tokenizer(text, add_special_tokens=False)["input_ids"] + [EOS] for _, text in finished.held_out]
-    got, shift = score(rows, responses), model.config.reward_mean
+    got, shift = score(rows, prompts, responses), model.config.reward_mean
     assert abs(got.mean()) < 1e-5
     assert got.tolist() == pytest.approx([value - shift for value in own_scores(finished)], abs=1e-5)
     critic = ppo.load_critic(args, None, model, CPU)

@@ -122,9 +122,9 @@ def test_the_reward_function_of_the_user_is_blamed_at_its_line(tmp_path, capsys)
     spec = f"{path}:colour"
     score = reward_function(spec, word_tokenizer(), torch.device("cpu"))
     rows = [{"prompt": "w5", "size": 3, "_where": "x:1"}]
-    line = refusal(capsys, lambda: score(rows, [[6, 2]]))
+    line = refusal(capsys, lambda: score(rows, [[5]], [[6, 2]]))
     assert f"--reward {spec}, given columns ['size']: {path}:2: KeyError: 'colour'" in line
-    assert score([{**rows[0], "colour": "red"}], [[6, 2]]).tolist() == [3.0]
+    assert score([{**rows[0], "colour": "red"}], [[5]], [[6, 2]]).tolist() == [3.0]
     for wrong in (f"{tmp_path}/none.py:colour", f"{path}:none"):
         line = refusal(capsys, lambda wrong=wrong: reward_function(wrong, word_tokenizer(), torch.device("cpu")))
         assert f"--reward {wrong}: " in line and re.search("FileNotFoundError|AttributeError", line)
