@@ -4,6 +4,7 @@
     python tests/mutants.py --check               a second: is each entry well formed, its code still there?
     python tests/mutants.py "ppo.py: .*KL"        those whose "file: name" holds this regular expression
     python tests/mutants.py --jobs 2 --part 2/5   two at a time, every fifth from the second on
+    python tests/mutants.py --generated 200       random changes in their place: see generated.py
 
 A test that has never failed proves nothing. tests/mutants/ppo.txt holds the bugs of ppo.py, and so on:
 
@@ -80,6 +81,8 @@ def load(root: Path = ROOT) -> tuple[list[Mutant], list[str]]:
     """All entries, and a message for each line that is none."""
     mutants, unread = [], []
     for path in sorted((root / ENTRIES).rglob("*.txt")):
+        if path.name == "equivalent.txt":  # of generated.py
+            continue
         file = path.relative_to(root / ENTRIES).with_suffix(".py").as_posix()
         for number, line in enumerate(path.read_text().splitlines(), 1):
             where = f"{path.relative_to(root)}:{number}"
@@ -172,7 +175,7 @@ def run_pytest(folder, tests, timeout=None) -> tuple[int | None, list[str]]:
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        end(process)
+        end_group(process.pid)
         process.communicate()
         return None, []
     finally:
@@ -181,9 +184,10 @@ def run_pytest(folder, tests, timeout=None) -> tuple[int | None, list[str]]:
     return process.returncode, failed
 
 
-def end(process: subprocess.Popen) -> None:
+def end_group(number: int) -> None:
+    """End a process and what it has started."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(number, signal.SIGKILL)
 
 
 def node(test: str) -> str:
@@ -255,7 +259,7 @@ def run(mutants: list[Mutant], jobs: int, timeout: float, root: Path = ROOT) -> 
         except BaseException:  # Ctrl-C above all
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(RUNNING):
-                end(process)
+                end_group(process.pid)
             raise
         killers = list(dict.fromkeys(result.killer for result in results if result.killer))
         exit_code, red = run_pytest(copies.get(), killers) if killers else (0, [])
@@ -282,6 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("pattern", nargs="?", default="", help='only those with it in "file: name"')
+    parser.add_argument("--generated", type=int, default=0, metavar="N", help="N random changes, no entries")
+    parser.add_argument("--seed", type=int, default=1, help="of --generated")
     parser.add_argument("--check", action="store_true", help="run no test")
     parser.add_argument("--part", default="1/1", help="K/N: every N-th, from the K-th on")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time, each in a copy of its own")
@@ -290,6 +296,9 @@ def main(arguments: list[str] | None = None) -> int:
     part = re.fullmatch(r"(\d+)/(\d+)", args.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]) or args.jobs < 1:
         parser.error("--part is K/N with 1 <= K <= N, and --jobs at least 1")
+    part = slice(int(part[1]) - 1, None, int(part[2]))
+    if args.generated:
+        return main_of_generated(args, part)
 
     mutants, problems = load()
     mutants = [mutant for mutant in mutants if re.search(args.pattern, mutant.title)]
@@ -302,7 +311,27 @@ def main(arguments: list[str] | None = None) -> int:
     if args.check:
         print(f"{len(mutants)} entries, each fits the code")
         return 0
-    return run(mutants[int(part[1]) - 1 :: int(part[2])], args.jobs, args.timeout)
+    return run(mutants[part], args.jobs, args.timeout)
+
+
+def main_of_generated(args, part: slice) -> int:
+    import generated
+
+    changes, reasons = generated.all_changes(), generated.load_equivalent()
+    problems = generated.check_equivalent(changes, reasons)
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{len(problems)} problems in equivalent.txt: nothing was run")
+        return 1
+    chosen = generated.choose(changes, args.generated, args.seed)
+    chosen = [change for change in chosen if re.search(args.pattern, change.title)][part]
+    if args.check:
+        for change in chosen:
+            print(f"{change.title}\n- {change.old}\n+ {change.new}\n")
+        print(f"{len(chosen)} of {len(changes)} changes, {len(reasons)} of which are known to be equivalent")
+        return 0
+    return generated.run(chosen, reasons, args.timeout)
 
 
 if __name__ == "__main__":
