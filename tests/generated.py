@@ -293,13 +293,15 @@ def check_equivalent(changes: list[Change], reasons) -> list[str]:
 
 
 class Watch:
-    """A plugin of pytest: sends the first test that fails, puts slow ones last, and limits the time of each."""
+    """A plugin of pytest: sends the first test that fails, puts slow ones last and those with fixtures
+    before them, and limits the time of each.
+    """
 
     def __init__(self, sender):
         self.sender, self.sent = sender, False
 
     def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: item.originalname in SLOW)
+        items.sort(key=lambda item: (item.originalname in SLOW, needs_fixtures(item)))
 
     def pytest_runtest_logstart(self):
         usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -312,6 +314,11 @@ class Watch:
             self.sent = True
 
     pytest_collectreport = pytest_runtest_logreport
+
+
+def needs_fixtures(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return not set(item.fixturenames) <= set(parameters)
 
 
 def run_tests(copy: Path, tests: list[str], sender) -> None:

@@ -219,6 +219,19 @@ def test_fit_that_fails_says_so(monkeypatch):
         fitted(CASES["ties"], 8)
 
 
+def test_a_fit_ends_at_1e_9_or_says_so(monkeypatch):
+    """Steps that go nowhere, from where the gradient of the mean loss, p - 1/2 for one tie, has a known norm."""
+    monkeypatch.setattr(bt, "solver", lambda *_: torch.zeros_like)
+    for size, enough in ((0.9e-9, True), (1.1e-9, False), (1e-7, False)):
+        margin = 4 * size / math.sqrt(2)  # sigma'(0) = 1/4, and both arms have it
+        start = tensor(margin, -margin) / 2
+        if enough:
+            assert (fitted(votes_of([(0, 1, 0.5)]), 2, start=start) - start).abs().max() < 1e-15
+        else:
+            with pytest.raises(ArithmeticError, match="gradient"):
+                fitted(votes_of([(0, 1, 0.5)]), 2, start=start)
+
+
 def test_transitivity():
     """logit p_ik = logit p_ij + logit p_jk of a fit."""
     r = fitted(CASES["ties"], 8)
@@ -246,6 +259,13 @@ def test_no_optimum_says_which():
     assert why(votes_of([*ring, (3, 4, 0.5)]), 5) == "in pieces: <3>, <4> never met the others"
     many = why(votes_of([(0, k, 0.5) for k in range(1, 10)] + [(k, k + 1, 0.5) for k in range(10, 18)]), 19)
     assert many.startswith("in pieces: ") and ", ... never met" in many and many.count("<") == 5
+
+
+def test_reached_is_what_a_walk_from_arm_0_finds():
+    sources, targets = torch.tensor([0, 2, 2, 3, 5]), torch.tensor([2, 4, 0, 1, 0])
+    assert bt.reached(sources, targets, 6).tolist() == [True, False, True, False, True, False]
+    assert bt.reached(targets, sources, 6).tolist() == [True, False, True, False, False, True]
+    assert bt.reached(sources[:0], targets[:0], 3).tolist() == [True, False, False]
 
 
 def test_no_optimum_by_brute_force():
@@ -431,6 +451,16 @@ def test_optima_by_numbers():
     assert (bt.optimum(R, REF, 0.5).exp() - want).abs().max() < 5e-5
     want = tensor(0.0483, 0.0978, 0.0983, 0.0296, 0.7260)
     assert (bt.forward_kl_optimum(R, REF, 0.5).exp() - want).abs().max() < 5e-5
+
+
+def test_optima_of_several_problems_at_once():
+    """(P, K): each row is a problem of its own; beta may be one number or a column of them."""
+    r, ref = 2 * noise(3, 5, seed=40), torch.log_softmax(noise(3, 5, seed=41), 1)
+    for optimum in (bt.optimum, bt.forward_kl_optimum):
+        for beta in (0.3, tensor(0.1, 0.5, 2.0)[:, None]):
+            betas = beta if torch.is_tensor(beta) else [beta] * 3
+            want = torch.stack([optimum(*rows) for rows in zip(r, ref, betas)])
+            assert (optimum(r, ref, beta) - want).abs().max() < 1e-12
 
 
 def test_regret_is_a_divergence():

@@ -139,6 +139,15 @@ def test_rounding_is_no_variance():
     assert grpo.zero_std(rewards).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_what_counts_as_equal(size):
+    """1e-5 of the largest reward, or 1e-5 if all are below 1."""
+    near, far = 0.8e-5 * max(size, 1), 2e-5 * max(size, 1)
+    rewards = torch.tensor([[size, size + near], [size, size - near], [-size, -size - near],
+                            [size, size + far], [size, size - far], [-size, -size - far]])  # fmt: skip
+    assert grpo.zero_std(rewards).tolist() == [True] * 3 + [False] * 3
+
+
 def test_a_ratio_that_overflows_is_clipped():
     """exp(100) is infinite in fp32, and 0 times it no gradient at all."""
     logprobs = torch.tensor([[100.0, 0.1, 0.2]], requires_grad=True)

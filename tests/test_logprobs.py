@@ -63,6 +63,20 @@ def test_values_and_gradients_equal_float64_autograd(bias, scale, softcap, tempe
         assert got is None or (got.grad - want.grad).norm() < 1e-6 * want.grad.norm()
 
 
+@pytest.mark.parametrize("option", ["scale", "softcap", "temperature"])
+def test_options_have_no_special_value(option):
+    """Of any size, 1 among them, where there is nothing to do. fp32 loses digits of 1 - tanh^2 near 0."""
+    tensors, targets, g, _ = problem()
+    options = {"scale": 1.0, "softcap": None, "temperature": 1.0}
+    for options[option] in (0.5, 1.0, 2.0, 3.0):
+        want, want_entropy, leaves = oracle(tensors, targets, True, **options)
+        got, entropy = token_logprobs(*tensors[:2], targets, tensors[2], entropy=True, **options)
+        assert (got - want).abs().max() < 1e-5 and (entropy - want_entropy).abs().max() < 1e-5
+        [got_gradient] = torch.autograd.grad((got * g.float()).sum(), tensors[1])
+        [want_gradient] = torch.autograd.grad((want * g).sum(), leaves[1])
+        assert (got_gradient - want_gradient).norm() < 1e-5 * want_gradient.norm()
+
+
 def test_gradcheck_in_float64():
     tensors, targets, *_ = problem(torch.float64)
     function = lambda h, w, b: token_logprobs(
@@ -142,6 +156,25 @@ def test_inputs_are_left_alone_and_a_second_backward_is_refused():
     assert all(map(torch.equal, before, [*tensors, targets]))
     with pytest.raises(RuntimeError, match="second one needs keep=False"):
         logp.sum().backward()
+
+
+@pytest.mark.parametrize("trained", [[0], [1], [0, 1]], ids=["hidden", "weight", "both"])
+@pytest.mark.parametrize("room, kept", [(4 * N * V, True), (4 * N * V - 1, False), (0, False)])
+def test_log_probs_are_kept_as_long_as_there_is_room(monkeypatch, room, kept, trained):
+    """4 bytes a logit. Those that are kept serve one backward pass, those computed again any number."""
+    monkeypatch.setitem(common.KEEP_BYTES, "cpu", room)
+    tensors, targets, *_ = problem()
+    for i in {0, 1, 2} - set(trained):
+        tensors[i].requires_grad_(False)
+    logp = token_logprobs(*tensors[:2], targets, tensors[2])
+    logp.sum().backward(retain_graph=True)
+    if kept:
+        with pytest.raises(RuntimeError, match="second one needs keep=False"):
+            logp.sum().backward()
+    else:
+        first = [tensors[i].grad.clone() for i in trained]
+        logp.sum().backward()
+        assert all(torch.allclose(tensors[i].grad, 2 * x) for i, x in zip(trained, first))
 
 
 def test_wrong_shapes_and_temperatures_raise():
