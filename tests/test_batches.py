@@ -81,6 +81,15 @@ def test_the_shortest_come_first_and_equals_stay_in_order(index):
         assert parts == [want[i : i + size] for i in range(0, len(want), size)]
 
 
+def test_equals_stay_in_order_in_large_batches_too():
+    """torch's sort keeps the order of a few equals in any case, and of many only if it is told to."""
+    draw = random.Random(1)
+    lengths = [draw.randint(1, 3) for _ in range(300)]
+    mask = pad([[True] * n for n in lengths], CPU, False)
+    [(rows, _)] = micro_batches({"mask": mask}, torch.arange(300), 300)
+    assert rows.tolist() == sorted(range(300), key=lambda i: lengths[i])
+
+
 def test_rows_outside_the_index_change_no_width():
     [(rows, mb)] = micro_batches(ragged_batch(), torch.tensor([1, 3]), 4)
     assert rows.tolist() == [1, 3] and mb["input_ids"].shape == (2, 8)
