@@ -34,7 +34,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants import ENTRIES, ENVIRONMENT, NOT_COPIED, ROOT, end_group
+from mutants import ENTRIES, ENVIRONMENT, NOT_COPIED, ROOT, end_group, verdict_of
 from mutants import node as name_for_pytest
 
 # Pure functions, and the test files that are run for a change of them, in this order
@@ -292,12 +292,12 @@ def check_equivalent(changes: list[Change], reasons) -> list[str]:
 
 
 class Watch:
-    """A plugin of pytest: sends the first test that fails, puts slow ones last and those with fixtures
-    before them, and limits the time of each.
+    """A plugin of pytest: collects what fails, puts slow tests last and those with fixtures before them, and
+    limits the time of each.
     """
 
-    def __init__(self, sender):
-        self.sender, self.sent = sender, False
+    def __init__(self):
+        self.failed = []
 
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: (item.originalname in SLOW, needs_fixtures(item)))
@@ -306,9 +306,8 @@ class Watch:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # then SIGPROF ends the process
 
     def pytest_runtest_logreport(self, report):
-        if report.failed and not self.sent:
-            self.sender.send(report.nodeid)
-            self.sent = True
+        if report.failed:
+            self.failed.append(report.nodeid)
 
     pytest_collectreport = pytest_runtest_logreport
 
@@ -318,7 +317,7 @@ def needs_fixtures(item) -> bool:
     return not set(item.fixturenames) <= set(parameters)
 
 
-def run_tests(copy: Path, tests: list[str], sender) -> None:
+def run_tests(copy: Path, tests: list[str], options, sender) -> None:
     """In the fork."""
     import pytest
 
@@ -329,75 +328,80 @@ def run_tests(copy: Path, tests: list[str], sender) -> None:
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     sys.path[:] = [str(copy), *(path for path in sys.path if Path(path).resolve() != ROOT / "tests")]
-    options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-x"]
-    exit_code = pytest.main([*options, *tests], plugins=[Watch(sender)])
-    if exit_code == 0:
-        sender.send("")
+    watch = Watch()
+    exit_code = pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", *options, *tests], plugins=[watch])
+    sender.send((int(exit_code), watch.failed))
 
 
-def in_fork(copy: Path, tests: list[str], timeout: float) -> tuple[str, str]:
-    """(killed, hung, SURVIVED or UNCLEAR, the test that failed)."""
+def in_fork(copy: Path, tests: list[str], *options, timeout=None) -> tuple[int | None, list[str]]:
+    """As run_pytest: pytest's exit code, None if it did not end in time, and the tests that failed."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_tests, args=(copy, tests, sender))
+    process = context.Process(target=run_tests, args=(copy, tests, options, sender))
     process.start()
     sender.close()
     process.join(timeout)
     if process.is_alive():
         end_group(process.pid)
         process.join()
-        return "hung", ""
-    if process.exitcode == -signal.SIGPROF:
-        return "hung", ""
+    if process.exitcode in (-signal.SIGPROF, -signal.SIGKILL):
+        return None, []
     try:
-        killer = receiver.recv()
-    except EOFError:  # a crash, or no tests: whatever it is, no test has noticed the change
-        return "UNCLEAR", ""
-    return ("killed", killer) if killer else ("SURVIVED", "")
+        return receiver.recv()
+    except EOFError:  # a crash
+        return process.exitcode, []
 
 
 def attempt(change: Change, copy: Path, timeout: float) -> tuple[str, str]:
+    """(killed, hung, SURVIVED or UNCLEAR, the test that failed)."""
     path = copy / change.file
     source = path.read_bytes()
-    shutil.rmtree(copy / "__pycache__", ignore_errors=True)  # fresh by its time, with the change before in it
     path.write_bytes(change.apply(source))
     try:
-        return in_fork(copy, [name_for_pytest(test) for test in tests_of(change)], timeout)
+        shutil.rmtree(copy / "__pycache__", ignore_errors=True)  # fresh by its time, but of the last change
+        exit_code, failed = in_fork(copy, [name_for_pytest(test) for test in tests_of(change)], "-x", timeout=timeout)
     finally:
         path.write_bytes(source)
         shutil.rmtree(copy / "__pycache__", ignore_errors=True)
+    return verdict_of(exit_code, failed), failed[0] if failed else ""
 
 
 def run(changes: list[Change], reasons, timeout: float, root: Path = ROOT) -> int:
     """Tries each, prints a line each, with the change if it survives, and the totals. Returns the exit code."""
     for name in IMPORTED_BEFORE:
         importlib.import_module(name)
-    start, counts, killers = time.time(), Counter(), {}
+    start, results = time.time(), []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
         for change in changes:
             began = time.time()
-            if change.key in reasons:
-                verdict, reason = "equal", f"no test can see it: {reasons[change.key]}"
+            verdict, killer = ("equal", "") if change.key in reasons else attempt(change, copy, timeout)
+            results.append((change, verdict, killer))
+            if verdict == "killed":
+                reason = f"by {killer.removeprefix('tests/').replace('.py::', '::')}"
+            elif verdict == "equal":
+                reason = reasons[change.key]
+            elif verdict == "hung":
+                reason = "no end of a test counts as killed"
             else:
-                verdict, killer = attempt(change, copy, timeout)
-                reason = f"{killer.removeprefix('tests/').replace('.py::', '::')} ({time.time() - began:.1f} s)"
-                killers.setdefault(killer, change)
+                reason = f"by none of {', '.join(tests_of(change))}"
+            print(f"{verdict:8}  {change.title}: {reason} ({time.time() - began:.1f} s)", flush=True)
             if verdict in ("SURVIVED", "UNCLEAR"):
-                reason = f"by none of {', '.join(tests_of(change))}\n- {change.old}\n+ {change.new}"
-            counts[verdict] += 1
-            print(f"{verdict:8}  {change.title}: {reason}", flush=True)
-        killers.pop("", None)
-        red = {}
-        for killer, change in killers.items():
-            verdict, _ = in_fork(copy, [killer], timeout)
-            if verdict != "SURVIVED":
-                red[killer] = change
+                print(f"          - {change.old}\n          + {change.new}", flush=True)
+        killers = list(dict.fromkeys(killer for _, _, killer in results if killer))
+        exit_code, red = in_fork(copy, killers) if killers else (0, [])
 
-    for killer, change in red.items():
-        print(f"NOT KILLED  {change.title}: {killer} fails without it, too")
-    killed, rest = counts["killed"] + counts["hung"], len(changes) - counts["equal"]
+    killed = 0
+    for change, verdict, killer in results:
+        if killer in red:
+            print(f"NOT KILLED  {change.title}: {killer} fails without it, too")
+        elif verdict in ("killed", "hung"):
+            killed += 1
+    if exit_code not in (0, 1):
+        print(f"the tests that killed could not be run without a change: pytest ended with {exit_code}")
+    counts = Counter(verdict for _, verdict, _ in results)
+    rest = len(changes) - counts["equal"]
     print(f"{killed} of {rest} changes killed ({killed / max(rest, 1):.1%}), {counts['hung']} of them by hanging; "
           f"{counts['equal']} more are equivalent; {time.time() - start:.0f} s")
-    return 0 if killed == rest and not red else 1
+    return 0 if killed == rest and exit_code == 0 else 1

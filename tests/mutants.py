@@ -211,15 +211,18 @@ def attempt(mutant: Mutant, copy: Path, timeout: float) -> Result:
             exit_code, failed = run_pytest(copy, ["-x", *files], timeout)
     finally:
         path.write_text(code)
+    killer = failed[0] if failed else ""
+    return Result(mutant, verdict_of(exit_code, failed), killer, as_named, time.time() - start)
+
+
+def verdict_of(exit_code: int | None, failed: list[str]) -> str:
     if exit_code is None:
-        verdict = "hung"
-    elif failed:
-        verdict = "killed"
-    elif exit_code == 0:
-        verdict = "SURVIVED"
-    else:  # not even imported, no tests found, or a crash: whatever it is, no test has noticed the bug
-        verdict = "UNCLEAR"
-    return Result(mutant, verdict, failed[0] if failed else "", as_named, time.time() - start)
+        return "hung"
+    if failed:
+        return "killed"
+    if exit_code == 0:
+        return "SURVIVED"
+    return "UNCLEAR"  # not even imported, no tests found, or a crash: whatever it is, no test has noticed the bug
 
 
 def line_of(result: Result, timeout: float) -> str:

@@ -228,12 +228,12 @@ def test_runs_of_changes(project, capsys, monkeypatch):
     assert generated.run(changes, reasons, timeout=600, root=project) == 1
     lines = re.sub(r"\d+(\.\d)? s\b", "N s", capsys.readouterr().out)
     assert lines == textwrap.dedent("""\
-        killed    calc.py:3 double: test_calc::test_double (N s)
-        hung      calc.py:12 count_down:  (N s)
-        SURVIVED  calc.py:17 untested: by none of test_calc
-        - return x + 1
-        + return x - 1
-        equal     calc.py:17 untested: no test can see it: nobody calls it
+        killed    calc.py:3 double: by test_calc::test_double (N s)
+        hung      calc.py:12 count_down: no end of a test counts as killed (N s)
+        SURVIVED  calc.py:17 untested: by none of test_calc (N s)
+                  - return x + 1
+                  + return x - 1
+        equal     calc.py:17 untested: nobody calls it (N s)
         2 of 3 changes killed (66.7%), 1 of them by hanging; 1 more are equivalent; N s
         """)
     assert (project / "calc.py").read_text() == CODE
