@@ -49,7 +49,7 @@ GROUPS = [
     ("common.py", "kl_estimate masked_mean masked_whiten", "test_statistics test_fixed_points test_ppo"),
     ("common.py", "pad last_token micro_batches", "test_batches test_sampling test_ppo"),
     ("common.py", "ended responses_of", "test_sampling test_ppo test_grpo"),
-    ("common.py", "learning_rate shuffled", "test_training test_bookkeeping"),
+    ("common.py", "learning_rate shuffled", "test_training"),
     ("bandit_bt.py", "bt_loss pairs_of reached no_optimum solver fit standard_errors bootstrap optimum "
      "forward_kl_optimum kl objective advantages policy_loss dpo leaderboard", "test_bandit"),
 ]
