@@ -62,7 +62,7 @@ SLOW = {  # tests of a second and more, which come last
     "test_flipped_rewards_are_noticed", "test_gradcheck_in_float64", "test_gradient_descent_ends_there_too",
     "test_gradients_of_an_update_in_every_combination", "test_importing_does_nothing_and_help_has_all_flags",
     "test_it_learns_from_rewards_and_nothing_from_noise", "test_no_optimum_by_brute_force"}
-CPU_SECONDS = 60  # what a test may take, four times what the slowest one takes
+CPU_SECONDS = 60  # what a test may take, six times what the slowest one takes
 
 # ---- Changes ----
 
@@ -304,6 +304,9 @@ class Watch:
 
     def pytest_runtest_logstart(self):
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # then SIGPROF ends the process
+
+    def pytest_runtest_logfinish(self):
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
     def pytest_runtest_logreport(self, report):
         if report.failed:

@@ -59,6 +59,15 @@ def test_soft_labels_are_expectations_and_sides_are_symmetric(loss_type):
         assert soft == pytest.approx(swapped) and slope == pytest.approx(-swapped_slope)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_smoothing_is_the_chance_that_a_vote_is_flipped(loss_type):
+    """Of soft labels too: with chance e the vote mu counts as 1 - mu."""
+    for h, mu, e in itertools.product((-7.0, 6.0), (0.0, 0.2, 0.7, 1.0), (0.1, 0.4)):
+        smooth = loss(h, mu, loss_type=loss_type, label_smoothing=e)
+        kept, flipped = loss(h, mu, loss_type=loss_type), loss(h, 1 - mu, loss_type=loss_type)
+        assert smooth == pytest.approx([(1 - e) * a + e * b for a, b in zip(kept, flipped)])
+
+
 def test_log_z_cancels_and_rewards_have_beta():
     chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     mu = torch.tensor([1.0, 0.5, 0.0])

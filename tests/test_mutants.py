@@ -220,7 +220,7 @@ def test_equivalent_changes_are_still_made():
 def test_runs_of_changes(project, capsys, monkeypatch):
     monkeypatch.setattr(generated, "GROUPS", [("calc.py", "double count_down untested", "test_calc")])
     monkeypatch.setattr(generated, "IMPORTED_BEFORE", ())
-    monkeypatch.setattr(generated, "CPU_SECONDS", 0.3)
+    monkeypatch.setattr(generated, "CPU_SECONDS", 0.5)
     chosen = {"return 3 * x", "n += 1", "return x - 1", "return x + 2"}
     changes = [change for change in generated.all_changes(project) if change.new in chosen]
     assert len(changes) == 4
