@@ -339,9 +339,10 @@ def fail(message):
 @contextlib.contextmanager
 def blame(what, file=""):
     """Any error inside is bad input: a line with `what`, the error, and its line in the user's own `file`."""
+    kinds = BaseException if file else (Exception, SystemExit)
     try:
         yield
-    except (BaseException if file else (Exception, SystemExit)) as error:
+    except kinds as error:
         if isinstance(error, KeyboardInterrupt) or getattr(error, "code", 0) == 2:  # Ctrl-C, or `fail`
             raise
         trace = traceback.extract_tb(error.__traceback__)
@@ -787,7 +788,9 @@ class Run:
         self.state, self.pid = {}, os.getpid()
         self.stopped = 0  # or the number of the signal that ends the run
         is_used = not args.resume and self.folder.is_dir() and os.listdir(self.folder)
-        if is_used or (self.folder / "model").exists():
+        if is_finished := (self.folder / "model").exists():
+            shutil.rmtree(self.file.parent, ignore_errors=True)  # if it was killed when all else was done
+        if is_used or is_finished:
             fail(f"--output-dir {self.folder} holds a finished run, one to --resume, or other files: "
                  "remove it, or choose another folder")
         if args.resume:
@@ -833,9 +836,8 @@ class Run:
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(str(self.folder))
-        self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.stop)
+        both = signal.SIGINT, signal.SIGTERM
+        self.handlers = {number: signal.signal(number, self.stop) for number in both}
         return self.state.get("step", 0)
 
     def stop(self, number, frame):

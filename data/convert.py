@@ -8,12 +8,12 @@
     ShareGPT                    conversations of from and value                messages of role and content
     LLMBar                      input, output_1, output_2, label (1 or 2)      prompt, chosen, rejected
     JudgeBench                  question, response_A, response_B, label        prompt, chosen, rejected, mu
-    RM-Bench                    prompt, chosen and rejected, lists of texts    a pair for each chosen and rejected
+    RM-Bench                    prompt, chosen and rejected, lists of texts    a pair for each of both
     HelpSteer2 preferences      prompt, response_1, response_2,                prompt, chosen, rejected, mu
                                 preference_strength (below 0: the first)
     SHP                         history, human_ref_A, human_ref_B, labels      prompt, chosen, rejected
     UltraFeedback               instruction, completions with overall_score    prompt, completions, ranking
-    KTO                         prompt, completion, label                      prompt, completion, if label is true
+    KTO                         prompt, completion, label                      prompt, completion, if true
     LMSYS arena, Kaggle         model_a, model_b, winner_model_a, _b, _tie     item_a, item_b, outcome
 
 Columns that are not named here stay as they are. A row of no known layout ends it, naming file and line.

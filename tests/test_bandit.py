@@ -730,8 +730,8 @@ GOOD = [{**X, "outcome": "a"}, {**X, "outcome": "b"}]
     ({**X, "outcome": "a", "count": True}, ["True votes", "whole number"]),
     ({**X, "wins_a": 2}, ["None votes", "whole number"]),
     ({**X, "wins_a": 2, "wins_b": -3}, ["-3 votes"]),
-    ('{"item_a": "x", ', ["not JSON"]),
-    ("[1, 2]", ["expected an object"]),
+    ('{"item_a": "x", ', ["JSONDecodeError"]),
+    ("[1, 2]", ["expected a JSON object"]),
 ])  # fmt: skip
 def test_bad_votes(row, parts, tmp_path, capsys):
     file = written(tmp_path, [*GOOD, row])

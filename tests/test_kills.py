@@ -66,10 +66,8 @@ def test_killed_within_a_save(whole, starts, tmp_path, places):
 
 @scripts("sft")
 @pytest.mark.parametrize("place", [
-    pytest.param("within model.tmp/model.safetensors", marks=pytest.mark.xfail(
-        strict=True, reason="safetensors' own temporary file stays in model.tmp/, and then in model/")),
-    pytest.param("before os.rmdir state", marks=pytest.mark.xfail(
-        strict=True, reason="state/ stays beside model/, and --resume refuses the folder"))])
+    "within model.tmp/model.safetensors",  # safetensors' own temporary file could stay in model/
+    "before os.rmdir state"])  # state/ could stay beside model/
 def test_killed_where_something_may_be_left_over(whole, starts, tmp_path, place):
     (story,) = stories_at(whole, starts, tmp_path, place)
     assert story.events and not story.wrong, str(story)
@@ -120,7 +118,7 @@ def test_a_resumed_run_that_fails(whole, starts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
     story = kills.try_random(LATE, starts, whole(2), tmp_path / "run")
-    assert "ended with 1: KeyError: 'colour'" in story.wrong and "model is missing" in story.wrong
+    assert any("KeyError: 'colour'" in line for line in story.wrong) and "model is missing" in story.wrong
 
 
 @scripts("sft")

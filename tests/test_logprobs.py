@@ -348,4 +348,4 @@ def test_a_head_it_does_not_know_is_refused(model, capsys):
     model.forward = scaled
     with pytest.raises(SystemExit) as stop:
         check_model(model, [ragged_rows()[0][0]])
-    assert stop.value.code == 2 and "its head does something" in capsys.readouterr().err
+    assert stop.value.code == 2 and "cache or head unknown" in capsys.readouterr().err
