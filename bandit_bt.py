@@ -405,7 +405,8 @@ def main(args: Args) -> dict:
     if run.is_dir() and any(run.iterdir()):
         fail(f"--output-dir {run} holds a finished run or other files: remove it, or choose another folder")
     names, votes, true = load_votes(args.dataset) if args.dataset else known_world(args)
-    (i, j, mu, count), K = votes, len(names)
+    i, j, mu, count = votes
+    K = len(names)
     if count.sum() > 1e8:
         fail(f"{args.dataset}: {count.sum():.0f} votes; the bootstrap takes up to 1e8")
     with blame(f"--output-dir {run}"):
@@ -440,7 +441,8 @@ def main(args: Args) -> dict:
         print(f"      and {K - 30} more in {run / 'leaderboard.csv'}")
 
     # 3. what votes tell, and what they cannot tell
-    loss, margin = bt_loss(r, *votes).item(), r[i] - r[j]
+    loss = bt_loss(r, *votes).item()
+    margin = r[i] - r[j]
     agrees = 0.5 + (mu - 0.5) * margin.sign()  # mu or 1 - mu; without a margin 0.5
     metrics = {"loss": loss, "accuracy": ((count * agrees).sum() / count.sum()).item()}
     print(f"\n{count.sum():.0f} votes: accuracy {metrics['accuracy']:.3f}, loss {loss:.4f}; of equal rewards "

@@ -34,6 +34,8 @@ from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig)
 
 warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable")  # transformers 5.17 has no other name
+TEXTS = "prompt completion chosen rejected messages text".split()  # columns that the scripts read
+MEDIA = "image images video videos audio".split()  # and cannot read
 KEEP_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # token_logprobs keeps up to so much for the backward pass
 
 # ==== I. Compute ======================================================================================
@@ -350,9 +352,6 @@ def blame(what, file=""):
         fail(f"{what}: {places[-1] if places else ''}{type(error).__name__}: {error}")
 
 # ---- Rows of text to tokens: a row is a dict of columns, and "_where" its origin, file:line ----
-TEXTS = "prompt completion chosen rejected messages text".split()
-MEDIA = "image images video videos audio".split()
-
 def read_rows(path, *layouts, split="train"):
     """Rows of a .jsonl or .json file, or by the optional `datasets` package of a .parquet file or Hub id.
     Each needs the columns of one of the layouts, such as "prompt completion"."""
@@ -632,8 +631,7 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
         if model.get_output_embeddings() is None:  # a reward model
             scores = token_values(model, pad(pair, model.device))
             for row, ids in enumerate(pair):
-                own = model(input_ids=pad([ids], model.device)).logits[0]
-                gaps.append(own - scores[row, len(ids) - 1])
+                gaps.append(model(input_ids=pad([ids], model.device)).logits[0] - scores[row, len(ids) - 1])
         else:
             first, second = responses_of(sample(model, pair, 4, [-1]))
             stop = [*{*second} - {*first}, -1]  # ends the second one alone
