@@ -35,7 +35,8 @@ from transformers import (
 
 warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable")  # transformers 5.17 has no other name
 TEXTS = "prompt completion chosen rejected messages text".split()  # columns that the scripts read
-MEDIA = "image images video videos audio".split()  # and cannot read
+MEDIA = "image images video videos audio audios".split()  # and cannot read
+WRITTEN_LIST = re.compile(r"\s*\[\s*{\s*.(role|from|content|value)\b")  # of messages, in a string
 KEEP_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # token_logprobs keeps up to so much for the backward pass
 
 # ==== I. Compute ======================================================================================
@@ -334,8 +335,7 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
 # ==== II. Files =======================================================================================
 def fail(message):
     """Bad input ends a script with one line on stderr and exit code 2, without a traceback."""
-    line = " ".join(str(message).split())[:1000]
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print("error: " + " ".join(str(message).split())[:1000], file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 @contextlib.contextmanager
@@ -375,7 +375,7 @@ def read_rows(path, *layouts, split="train"):
         if not any(row.keys() >= set(layout.split()) for layout in layouts or [""]):
             fail(f"{where}: needs {' | '.join(layouts)}; has {sorted(row)}: see data/convert.py")
         for name, value in row.items():
-            is_text = isinstance(value, str) and not re.match(r"\s*\[\s*{.?.(role|from)\b", value)
+            is_text = isinstance(value, str) and not WRITTEN_LIST.match(value)
             if name in TEXTS and not is_text and not isinstance(value, list) or name in MEDIA and value:
                 fail(f"{where}: {name}: only text, or a list of messages with role and content, can be used")
         result.append({**row, "_where": where})
@@ -420,8 +420,8 @@ def explicit_pairs(rows):
             else:
                 prompt = prompt[: min(len(chosen), len(rejected)) - 1]  # the last message is the answer
             if not prompt:
-                fail(f"{where}: no prompt column, and chosen and rejected share no beginning")
-        elif isinstance(prompt, str) and " " not in prompt:  # one word may begin both answers
+                fail(f"{where}: no prompt column, nor a shared beginning: see data/convert.py")
+        elif isinstance(prompt, str) and re.fullmatch(r"\s*\w+\W*", prompt):  # one word may begin both
             continue
         n = len(prompt)
         if chosen[:n] == prompt == rejected[:n]:  # both repeat it
@@ -438,10 +438,10 @@ def renderer(tokenizer, row, messages):
                 message["content"] = "".join(part["text"] for part in message["content"]) or None
             if (tokenizer.eos_token or "\0") in message["role"] + message["content"]:
                 raise ValueError(f"message {i + 1} holds {tokenizer.eos_token}, which would end it")
-            marked.append({**message, "content": message["content"] + f"<{i}>"})
+            marked.append({**message, "content": message["content"] + f"<message {i}>"})
         text = render(marked)
         for i, message in enumerate(messages):
-            if f"<{i}>" not in text:
+            if f"<message {i}>" not in text:
                 raise ValueError(f"message {i + 1}, of role {message['role']}, is left out")
         if row.get("tools") and text == render(marked, tools=None):
             raise ValueError("the tools are left out")
@@ -468,7 +468,7 @@ def segments_of(tokenizer, row, completion):
             before = render(messages[:i], add_generation_prompt=True)
             after = render(messages[: i + 1])
         if not (before.startswith(done) and after.startswith(before)):
-            fail(f"{where}: the chat template rewrites the turns before {i + 1}: give prompt and completion")
+            fail(f"{where}: the chat template rewrites the turns before {i + 1}: give it as text")
         segments.append((before[len(done) :], False, True))
         segments.append((after[len(before) :], True, True))
         done = after
@@ -496,7 +496,7 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
         for k, (text, train, chat) in enumerate(parts):
             piece = next(pieces)
             is_last = k == len(parts) - 1
-            if k == 0 and not chat:
+            if k == 0 and not chat and piece[: len(bos)] != bos:
                 piece = bos + piece
             elif k > 0 and piece[: len(newline)] == newline:
                 piece = piece[len(newline) :]
@@ -513,12 +513,13 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
             ids += piece
             trained += [train] * end + [False] * (len(piece) - end)
         for i in range(1, len(ids)):  # some templates let the next turn begin with the EOS of this one
-            trained[i] = trained[i] or (trained[i - 1] and ids[i] in eos_ids)
+            trained[i] |= trained[i - 1] and ids[i] in eos_ids and ids[i - 1] not in eos_ids
         trained[0] = False  # nothing predicts it
         if not any(trained):
             fail(f"{row['_where']}: has no token to train on")
         if len(ids) > max_length:
-            ends = [i + 1 for i in range(max_length - 1) if trained[i]] or [0]
+            fits = lambda i: trained[i] and (i < max_length - 1 or ids[i] in eos_ids)  # with an EOS
+            ends = [i + 1 for i in range(max_length) if fits(i)] or [0]
             eos = [] if ids[ends[-1] - 1] in eos_ids else ids[-1:]  # unless cut behind a whole turn
             ids = ids[: ends[-1]] + eos
             trained = trained[: ends[-1]] + [False] * len(eos)
@@ -542,7 +543,8 @@ def load_prompts(tokenizer, rows, max_prompt_length):
         if isinstance(prompt, str):
             ids = bos + bare(prompt)
         else:
-            ids = bare(renderer(tokenizer, row, prompt)(prompt, add_generation_prompt=True))
+            with blame(f"{row['_where']}: the chat template refuses this as a prompt"):
+                ids = bare(renderer(tokenizer, row, prompt)(prompt, add_generation_prompt=True))
         if not ids:
             fail(f"{row['_where']}: the prompt is empty")
         if len(ids) <= max_prompt_length:
@@ -665,12 +667,12 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
         texts = []  # to be read as in training: rendered by its own template, up to its own EOS
         for row, prompt, response in zip(rows, prompts, responses):
             body = response[:-1] if response[-1] in eos_ids else response
-            end = own_ids[0]
+            text = [*prompt, *body, own_ids[0]]
             if isinstance(row.get("prompt"), list):
-                probe = {**row, "completion": [{"role": "assistant", "content": "."}]}
-                ((ids, trained),) = encode(own_tokenizer, [probe], own_ids, 1 << 30)
-                prompt, end = ids[: trained.index(True)], ids[-1]
-            texts.append([*prompt, *body, end])
+                answer = tokenizer.decode(body, skip_special_tokens=True)
+                turn = {"role": "assistant", "content": answer.replace(own_tokenizer.eos_token or "\0", "")}
+                ((text, _),) = encode(own_tokenizer, [{**row, "completion": [turn]}], own_ids, 1 << 30)
+            texts.append(text)
         scores = read_scores(model, texts, args.micro_batch_size, autocast)
         if not scores.isfinite().all():
             fail(f"--reward {spec}: a score that is not finite")
@@ -739,8 +741,7 @@ def make_first(path, default, script):
     """Run the script that makes the default model, if it has not run yet."""
     if path == default and not Path(path).exists():
         print(f"{path} does not exist yet: running {script}, which makes it")
-        command = [sys.executable, Path(__file__).with_name(script)]
-        if code := subprocess.run(command).returncode:
+        if code := subprocess.run([sys.executable, Path(__file__).with_name(script)]).returncode:
             raise SystemExit(code)
 
 def learning_rate(args, step, num_steps):
@@ -834,8 +835,7 @@ class Run:
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(str(self.folder))
-        both = signal.SIGINT, signal.SIGTERM
-        self.handlers = {number: signal.signal(number, self.stop) for number in both}
+        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         return self.state.get("step", 0)
 
     def stop(self, number, frame):
