@@ -187,6 +187,13 @@ def test_a_held_out_conversation_of_parts_is_new(tmp_path):
     assert len(held_out) == 4 and not questions[0] & questions[1]
 
 
+@pytest.mark.parametrize("more", [{"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]},
+                                  {"reasoning_content": "two and two"}, {"thinking": "two and two"}], ids=" ".join)
+@pytest.mark.xfail(strict=True, reason="only a message's content is looked for in the rendering")
+def test_parts_of_an_answer_that_the_template_leaves_out_are_refused(chat, refuses, more):
+    refuses(chat, row_of("sft", ASK), row_of("sft", ASK, good={**REPLY, **more}))
+
+
 # ---- Tools ----
 
 TOOLS = "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}" + CHAT_TEMPLATE
@@ -635,6 +642,23 @@ def test_templates_that_rewrite_earlier_text_work_in_rl_alone(with_template, tok
     assert "rewrites" in refuses(tokenizer, DEMONSTRATION, {"messages": [*prompt, REPLY]})
     for use in ("dpo", "rankings"):
         assert "rewrites" in refuses(tokenizer, OVER[use], row_of(use, *prompt), use)
+
+
+THINKING = (  # as Qwen3's: the thoughts of the last answer alone are shown
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last %}{{ m.content }}{% else %}"
+    "{{ m.content.split('</think>')[-1] }}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def test_a_template_that_drops_earlier_thoughts_is_refused_where_there_are_some(with_template, tokens, refuses):
+    tokenizer = with_template(THINKING)
+    thought = {"role": "assistant", "content": "<think>well</think>yes"}
+    ids, trained = tokens(tokenizer, {"messages": [ASK, thought]})
+    assert inside(tokenizer, ids, trained) == ["<think>well</think>yes</s>"]
+    assert "rewrites" in refuses(tokenizer, {"messages": [ASK, thought]}, {"messages": [ASK, thought, ASK, REPLY]})
+    ids, trained = tokens(tokenizer, {"prompt": [ASK, thought, ASK], "completion": [REPLY]})  # as it will be asked
+    assert tokenizer.decode(ids) == "<user>a film ?</s><assistant>yes</s><user>a film ?</s><assistant>it was good .</s>"
+    assert inside(tokenizer, ids, trained) == ["it was good .</s>"]
 
 
 @uses
