@@ -390,6 +390,22 @@ def test_lists_that_repeat_the_prompt_column(chat, tokens, use, before):
 
 
 @paired
+@pytest.mark.parametrize("before", [[ASK], [SYSTEM, ASK], [ASK, REPLY, {"role": "user", "content": "why ?"}]], ids=len)
+@pytest.mark.xfail(strict=True, reason="a prompt of text beside lists is not looked at")
+def test_a_prompt_column_that_the_lists_do_not_repeat_is_refused(chat, refuses, use, before):
+    bad = {"prompt": "Be brief.", "chosen": [*before, REPLY], "rejected": [*before, REFUSE]}
+    refuses(chat, CHAT_PAIR, bad, use)
+
+
+@paired
+@pytest.mark.xfail(strict=True, reason="prompts are compared before their parts are joined")
+def test_a_repeated_prompt_may_be_written_in_parts(chat, tokens, use):
+    parts = {"role": "user", "content": [{"type": "text", "text": ASK["content"]}]}
+    row = {"prompt": [parts], "chosen": [ASK, REPLY], "rejected": [ASK, REFUSE]}
+    assert tokens(chat, row, use) == tokens(chat, {**row, "prompt": [ASK]}, use)
+
+
+@paired
 def test_a_text_that_both_sides_repeat_is_no_answer(bpe_tokenizer, tokens, use):
     prompt = "Question: hello?\nAnswer:"
     row = {"prompt": prompt, "chosen": " help", "rejected": " there"}
@@ -661,6 +677,15 @@ def test_a_template_that_drops_earlier_thoughts_is_refused_where_there_are_some(
     assert inside(tokenizer, ids, trained) == ["it was good .</s>"]
 
 
+@pytest.mark.xfail(strict=True, reason="a template's refusal of a prompt ends in a traceback")
+def test_a_prompt_that_the_template_refuses_is_named(with_template, refuses):
+    """Templates refuse to ask for an answer behind an answer, but render the conversation so far."""
+    tokenizer = with_template(CHAT_TEMPLATE.replace(
+        "{% if add", "{% if add_generation_prompt and messages[-1].role == 'assistant' %}"
+        "{{ raise_exception('nothing to answer') }}{% endif %}{% if add"))
+    assert "nothing to answer" in refuses(tokenizer, {"prompt": [ASK]}, {"prompt": [ASK, REPLY]}, "prompts")
+
+
 @uses
 def test_ids_do_not_depend_on_the_day(with_template, tokens, use, monkeypatch):
     """As Llama 3's template: today, unless it is given a date."""
@@ -747,6 +772,13 @@ def test_a_bos_is_found_whatever_happens_to_whitespace(tokens, kind):
     assert tokens(tokenizer, {"text": "the cat sat"}) == ([1, 3, 4, 5, 2], [False] + [True] * 4)
     tokenizer.chat_template = "<s>{% for m in messages %} {{ m.content }} {% endfor %}"
     assert tokens(tokenizer, row_of("prompts", {"role": "user", "content": "the cat"}), "prompts")[:3] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("row", [{"text": "<s>hello there</s>"}, {"prompt": "<s>hello", "completion": " there"}], ids=len)
+@pytest.mark.xfail(strict=True, reason="a BOS that the text begins with is not looked for")
+def test_a_text_with_a_bos_of_its_own_gets_no_second_one(bpe_tokenizer, tokens, row):
+    ids, _ = tokens(bpe_tokenizer, row)
+    assert bpe_tokenizer.decode(ids) == "<s>hello there</s>"
 
 
 @pytest.mark.xfail(strict=True, raises=IndexError, reason="the text that a BOS is looked for with may have no token")
