@@ -252,6 +252,13 @@ def test_a_list_of_messages_as_a_string_is_refused(chat, refuses, use, column, r
     assert column in line, line
 
 
+@pytest.mark.parametrize("value", [None, 5, True, {"text": "hello"}], ids=repr)
+@pytest.mark.parametrize("use, column, row", [(use, *pair) for use, pairs in COLUMNS.items() for pair in pairs])
+def test_a_column_that_is_no_text_is_named(chat, refuses, use, column, row, value):
+    good = {"sft": DEMONSTRATION, "dpo": PAIR, "prompts": {"prompt": "hello"}}[use]
+    assert f":2: {column}: " in refuses(chat, good, {**row, column: value}, use)
+
+
 @pytest.mark.parametrize("text", ["[1] hello", "[{x}] is a set", '[{"a": 1}]', "[", "[role] of a list", "{'role': 1}"])
 def test_text_with_brackets_is_text(bpe_tokenizer, tokens, text):
     ids, trained = tokens(bpe_tokenizer, {"prompt": "say ", "completion": text})
@@ -503,6 +510,12 @@ def test_one_long_ranked_completion_is_cut_and_a_long_prompt_drops_all(bpe_token
     lengths = [[len(ids) for ids in completions] for completions, *_ in kept]
     n = lengths[0][0]
     assert lengths == [[n, n, n], [n, 24, n]]
+    row = {**SHORT["rankings"], "completions": ["", "a b", "c d"]}  # one of them fits, as there is nothing to cut
+    path = write(tmp_path / "rows.jsonl", [row, {**row, "prompt": "a"}])
+    assert len(comparisons_of_file(bpe_tokenizer, path)) == 2
+    limit = len(bpe_tokenizer(row["prompt"])["input_ids"]) + 1
+    ((completions, *_),) = comparisons_of_file(bpe_tokenizer, path, limit=limit)
+    assert len(completions) == 3
 
 
 @scripts("sft", "dpo", "reward_model")
