@@ -312,9 +312,12 @@ def test_missing_columns_are_named_before_anything_else(refused, tmp_path, case)
 
 
 @scripts("dpo", "reward_model")
-def test_lists_of_texts_point_to_the_converter_or_to_the_row(refused, tmp_path):
-    path = write(tmp_path / "rows.jsonl", [PAIR, {"prompt": "a b", "chosen": ["c", "d"], "rejected": ["e"]}])
-    assert f"{path}:2: " in refused(dataset=path)
+@pytest.mark.xfail(strict=True, reason="lists of texts are taken for messages: no prompt column, it says")
+def test_lists_of_texts_are_pointed_to_the_converter(refused, tmp_path):
+    """RM-Bench's layout, for which there is a conversion."""
+    path = write(tmp_path / "rows.jsonl", [PAIR, {"prompt": "a b", "chosen": ["c", "d"], "rejected": ["e", "f"]}])
+    error = refused(dataset=path)
+    assert f"{path}:2: " in error and "data/convert.py" in error and "no prompt column" not in error
 
 
 # ---- Files ----
