@@ -5,6 +5,7 @@ Rows go through files and the loaders that the scripts call; what only main() do
 """
 
 import copy
+import functools
 import gzip
 import json
 
@@ -92,10 +93,11 @@ def refuses(said, tmp_path):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def with_template(bpe_tokenizer):
     """with_template(template, *tokens) -> a copy of the tokenizer with it, and with these special tokens."""
 
+    @functools.cache
     def make(template=CHAT_TEMPLATE, *special):
         tokenizer = copy.deepcopy(bpe_tokenizer)
         tokenizer.add_tokens(list(special), special_tokens=True)
