@@ -335,7 +335,8 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
 # ==== II. Files =======================================================================================
 def fail(message):
     """Bad input ends a script with one line on stderr and exit code 2, without a traceback."""
-    print("error: " + " ".join(str(message).split())[:1000], file=sys.stderr, flush=True)
+    line = " ".join(str(message).split())[:1000]
+    print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 @contextlib.contextmanager
@@ -478,8 +479,9 @@ def words_of(tokenizer):
     """(text or texts -> ids without special ones; the ids that it puts before a text: a BOS, or none)."""
     bare = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
     with blame(f"the tokenizer of {tokenizer.name_or_path} has no ids for text"):
-        marked = tokenizer("a")["input_ids"]
-        return bare, marked[: marked.index(bare("a")[0])]
+        known = next(letter for letter in "a0." if bare(letter))
+        marked = tokenizer(known)["input_ids"]
+        return bare, marked[: marked.index(bare(known)[0])]
 
 def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     """Each row as (ids, trained), lists of one length that end with one EOS, untrained if the row was cut;
@@ -518,8 +520,8 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
         if not any(trained):
             fail(f"{row['_where']}: has no token to train on")
         if len(ids) > max_length:
-            fits = lambda i: trained[i] and (i < max_length - 1 or ids[i] in eos_ids)  # with an EOS
-            ends = [i + 1 for i in range(max_length) if fits(i)] or [0]
+            last = max_length - 1  # is for an EOS
+            ends = [0] + [i + 1 for i in range(max_length) if trained[i] and (i < last or ids[i] in eos_ids)]
             eos = [] if ids[ends[-1] - 1] in eos_ids else ids[-1:]  # unless cut behind a whole turn
             ids = ids[: ends[-1]] + eos
             trained = trained[: ends[-1]] + [False] * len(eos)
@@ -670,7 +672,8 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
             text = [*prompt, *body, own_ids[0]]
             if isinstance(row.get("prompt"), list):
                 answer = tokenizer.decode(body, skip_special_tokens=True)
-                turn = {"role": "assistant", "content": answer.replace(own_tokenizer.eos_token or "\0", "")}
+                answer = answer.replace(own_tokenizer.eos_token or "\0", "")  # spelled out by other tokens
+                turn = {"role": "assistant", "content": answer}
                 ((text, _),) = encode(own_tokenizer, [{**row, "completion": [turn]}], own_ids, 1 << 30)
             texts.append(text)
         scores = read_scores(model, texts, args.micro_batch_size, autocast)

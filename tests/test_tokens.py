@@ -176,6 +176,7 @@ class BareTokenizer:
     """The same tokenizer without BOS."""
 
     chat_template = None
+    name_or_path = "bare"
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
