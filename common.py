@@ -800,7 +800,8 @@ class Run:
                 self.state = torch.load(self.file, map_location="cpu", weights_only=True)
                 before = self.state["args"]
             for name, value in asdict(args).items():
-                if name not in self.FREE and value != before.get(name):
+                ends_here = value == 0 and name in ("num_train_epochs", "total_episodes")
+                if name not in self.FREE and not ends_here and value != before.get(name):
                     fail(f"--resume: --{name.replace('_', '-')} is {value}, and was {before.get(name)}")
 
     def start(self, num_steps, inputs, **parts):
@@ -874,7 +875,8 @@ class Run:
                 torch.save(state, temporary)
                 os.replace(temporary, self.file)  # a crash leaves the last one whole
         if self.stopped and step < self.num_steps:
-            tqdm.write(f"stopped after step {step} of {self.num_steps}: --resume continues")
+            tqdm.write(f"stopped after step {step} of {self.num_steps}: --resume continues; with "
+                       "--num-train-epochs 0, or --total-episodes 0, it saves the model as it is")
             raise SystemExit(128 + self.stopped)
 
     def finish(self, model, tokenizer, **others):

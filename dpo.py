@@ -1,4 +1,4 @@
-"""Direct preference optimization: the policy itself is the reward model. Steps 2 and 3 of RLHF in one.
+r"""Direct preference optimization: the policy itself is the reward model. Steps 2 and 3 of RLHF in one.
 
     r(x, y) = beta log pi_theta(y|x) / pi_ref(y|x)   the implicit reward, up to beta log Z(x) that cancels in
     L = -E [ mu log sigma(r(x, chosen) - r(x, rejected)) + (1 - mu) log sigma(r(x, rejected) - r(x, chosen)) ]
@@ -13,7 +13,7 @@ What is done differently from the paper, and why:
 4. AdamW with linear warm-up and decay, in place of RMSprop at a constant rate; no dropout.
 
 One CPU core, the embedded world, 35 s:  python dpo.py
-One CUDA GPU, a real model and data:     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --beta 0.1
+One CUDA GPU, a real model and data:     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --beta 0.1 \
     --dataset trl-lib/ultrafeedback_binarized --learning-rate 5e-7 --micro-batch-size 4 --max-length 8192
 """
 
@@ -234,7 +234,7 @@ def main(args: Args) -> dict:
         run.checkpoint(step + 1, num_tokens=num_tokens, reference=[ref_train, ref_held_out])
 
     # 4. evaluate, save, and show what has changed
-    after, samples = report(num_steps)
+    after, samples = report(max(first, num_steps))
     run.finish(model, tokenizer)
     run.show_change(after, samples)
     return {**metrics, **after}

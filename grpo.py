@@ -1,4 +1,4 @@
-"""Group-relative policy optimization: PPO whose critic is the mean of a group. Step 3 of RLHF.
+r"""Group-relative policy optimization: PPO whose critic is the mean of a group. Step 3 of RLHF.
 
     maximize E[ 1/G sum_i (min(rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i) - beta KL_i) ]            (1)
     KL_i = pi_ref(y_i) / pi(y_i) - log(pi_ref(y_i) / pi(y_i)) - 1                                      (2)
@@ -22,8 +22,8 @@ Every tensor about responses is (B, T): column t is about token t of prompt and 
 and `mask` says which columns are the response's.
 
 One CPU core, the embedded world, 20 s:  python grpo.py
-One CUDA GPU, a real model and data:     python grpo.py --model runs/my-sft/model
-    --reward my_reward.py:correct --dataset my_prompts.jsonl --learning-rate 1e-6 --kl-coef 0.001
+One CUDA GPU, a real model and data:     python grpo.py --model runs/my-sft/model \
+    --reward my_reward.py:correct --dataset my_prompts.jsonl --learning-rate 1e-6 --kl-coef 0.001 \
     --batch-size 256 --micro-batch-size 8 --total-episodes 25600 --max-new-tokens 512
 """
 
@@ -346,7 +346,7 @@ def main(args: Args) -> dict:
         run.checkpoint(update + 1, num_tokens=num_tokens)
 
     # 4. evaluate, save, and show what has changed
-    after, samples = evaluate(num_updates)
+    after, samples = evaluate(max(first, num_updates))
     run.finish(policy, tokenizer)
     run.show_change(after, samples)
     return {**metrics, **after}

@@ -1,4 +1,4 @@
-"""Proximal policy optimization: a critic, and the KL penalty inside the reward. Step 3 of RLHF.
+r"""Proximal policy optimization: a critic, and the KL penalty inside the reward. Step 3 of RLHF.
 
     maximize E[ r(x, y) ] - beta KL(pi || pi_ref),  y ~ pi( . | x)                   Eq. 2 of arXiv:2203.02155
     reward of token t   R_t = -beta (log pi(y_t) - log pi_ref(y_t)) + (r(x, y) at the last token)
@@ -19,8 +19,8 @@ Every tensor about responses is (B, T): column t is about token t of prompt and 
 and `mask` says which columns are the response's.
 
 One CPU core, the embedded world, 30 s:  python ppo.py
-One CUDA GPU, a real model and data:     python ppo.py --model runs/my-sft/model --reward runs/my-rm/model
-    --dataset my_prompts.jsonl --learning-rate 1e-6 --critic-learning-rate 1e-5 --kl-coef 0.05
+One CUDA GPU, a real model and data:     python ppo.py --model runs/my-sft/model --reward runs/my-rm/model \
+    --dataset my_prompts.jsonl --learning-rate 1e-6 --critic-learning-rate 1e-5 --kl-coef 0.05 \
     --batch-size 128 --num-minibatches 4 --micro-batch-size 8 --total-episodes 102400 --max-new-tokens 256
 """
 
@@ -350,7 +350,7 @@ def main(args: Args) -> dict:
         run.checkpoint(update + 1, num_tokens=num_tokens, kl_coef=kl_coef)
 
     # 4. evaluate, save, and show what has changed
-    after, samples = evaluate(num_updates)
+    after, samples = evaluate(max(first, num_updates))
     run.finish(policy, tokenizer, **({"critic": critic} if critic else {}))
     run.show_change(after, samples)
     return {**metrics, **after}

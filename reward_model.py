@@ -1,4 +1,4 @@
-"""Reward model: a scalar r(x, y) learned from comparisons of completions. Step 2 of RLHF.
+r"""Reward model: a scalar r(x, y) learned from comparisons of completions. Step 2 of RLHF.
 
     P(y_i > y_j | x) = sigma(r(x, y_i) - r(x, y_j))                                        Bradley-Terry
     L = -E [ mu log sigma(r_i - r_j) + (1 - mu) log sigma(r_j - r_i) ]
@@ -16,7 +16,7 @@ What is done differently from the paper, and why:
 3. AdamW with linear warm-up and decay, in place of a cosine; no dropout.
 
 One CPU core, the embedded world, 30 s:  python reward_model.py
-One CUDA GPU, a real model and data:     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct
+One CUDA GPU, a real model and data:     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \
     --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-5 --micro-batch-size 8 --max-length 2048
 """
 
@@ -341,7 +341,7 @@ def main(args: Args) -> dict:
         run.checkpoint(step + 1, num_tokens=num_tokens)
 
     # 4. evaluate, save, and show how good it is. The saved scores are raw: r = score - reward_mean
-    after, table = report(num_steps)
+    after, table = report(max(first, num_steps))
     model.config.reward_mean = after["eval/mean_reward"]
     model.config.held_out_accuracy = after["eval/accuracy"]
     run.finish(model, tokenizer)

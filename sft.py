@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximum likelihood on demonstrations. Step 1 of RLHF.
+r"""Supervised fine-tuning: maximum likelihood on demonstrations. Step 1 of RLHF.
 
     L(theta) = -1/n sum over trained tokens t of log pi_theta(y_t | x, y_<t)        in nats per token
 
@@ -13,7 +13,7 @@ What is done differently from the paper, and why:
 3. Linear warm-up and decay in place of a cosine; no dropout, so that what is logged can be reproduced.
 
 One CPU core, the embedded world, 15 s:  python sft.py
-One CUDA GPU, a real model and data:     python sft.py --model Qwen/Qwen2.5-0.5B --dataset trl-lib/Capybara
+One CUDA GPU, a real model and data:     python sft.py --model Qwen/Qwen2.5-0.5B --dataset trl-lib/Capybara \
     --learning-rate 2e-5 --num-train-epochs 1 --micro-batch-size 8 --max-length 2048 --output-dir runs/chat
 """
 
@@ -171,7 +171,7 @@ def main(args: Args) -> dict:
         run.checkpoint(step + 1, num_tokens=num_tokens)
 
     # 4. evaluate, save, and show what has changed
-    after, samples = report(num_steps)
+    after, samples = report(max(first, num_steps))
     run.finish(model, tokenizer)
     run.show_change(after, samples)
     return {**metrics, **after}

@@ -13,7 +13,7 @@ policy can be above. A policy is judged by
 
 The KL of a policy is the sum over its samples' tokens of the exact KL over the vocabulary, which has the same
 mean as the sampled log-ratio and less noise. Rewards and KL are measured on held-out prompts at temperature
-1; +- is one standard error. The effective sample size (ESS) says how far a row can be trusted: below about 50
+1; +- is one standard error: of the policy's samples, its KL and the frontier's own samples. The effective sample size (ESS) says how far a row can be trusted: below about 50
 a prompt it is biased low. Each of several rewards, a reward model's folder or file.py:function, has its own
 frontier: a policy trained on a learned reward is judged by that one and by the gold reward.
 """
@@ -89,6 +89,17 @@ def exact_kl(hidden, head: dict, ref_hidden, ref_head: dict, temperature=1.0, ro
     return torch.cat(result)
 
 
+def standard_error(x: torch.Tensor) -> float:
+    """Of the mean of samples (prompts, n), n for each prompt: the prompts' own levels are no noise."""
+    return (x.var(1).mean() / x.numel()).sqrt().item()
+
+
+def frontier_error(rewards: torch.Tensor, kl: float, parts: int = 8) -> float:
+    """Standard error of `frontier_at` by the samples of pi_ref: the spread over parts of them."""
+    bests = [frontier_at(part, kl)[0] for part in rewards.chunk(parts, dim=1)]
+    return torch.tensor(bests).std().item() / math.sqrt(parts)
+
+
 def kl_to(policy, reference, batch: dict, size: int) -> torch.Tensor:
     """KL(pi || pi_ref) along each response of a batch: the exact KL at each token, summed: (B,), nats."""
 
@@ -123,13 +134,16 @@ def main(args: Args) -> dict:
         values = {spec: reward(repeated, prompts, responses) for spec, reward in rewards.items()}
         return {spec: x.double().view(len(ids), number) for spec, x in values.items()}, batch
 
+    print(f"sampling {args.reference_samples} responses to each of {len(ids)} prompts", flush=True)
     ref_rewards, _ = draw(reference, args.reference_samples, args.seed)
-    se = lambda x: (x.std() / math.sqrt(x.numel())).item()
     results = {spec: {"frontier": [], "policies": {}} for spec in args.rewards}
     for spec, result in results.items():
         result["reference_reward"] = ref_rewards[spec].mean().item()
         print(f"{spec}: reward of pi_ref = {args.reference} {result['reference_reward']:.3f} on {len(ids)} "
-              f"held-out prompts, {args.reference_samples} samples each\n  beta   E*[r]      KL  ESS/prompt")
+              f"held-out prompts, {args.reference_samples} samples each\n"
+              "The optimum at each beta, pi_ref exp(r / beta) / Z: its reward E*[r], its KL to pi_ref, and\n"
+              "the effective number of samples behind both (ESS; below 50 they are too low)\n"
+              "  beta   E*[r]      KL  ESS/prompt")
         for beta in args.betas:
             row = tilted(ref_rewards[spec], beta)
             result["frontier"].append([beta, *row])
@@ -137,20 +151,29 @@ def main(args: Args) -> dict:
     for folder in args.policies:
         policy, *_ = load_model(folder, options, device, "--policies")
         values, batch = draw(policy, args.policy_samples, args.seed + 1)
-        kls = kl_to(policy, reference, batch, options.micro_batch_size)
+        kls = kl_to(policy, reference, batch, options.micro_batch_size).double().view(len(ids), -1)
         kl, length = kls.mean().item(), batch["mask"].sum(1).double().mean().item()
-        print(f"{folder}: KL {kl:.3f} +- {se(kls):.3f} nats, {length:.1f} tokens")
+        kl_se = standard_error(kls)
+        print(f"{folder}: KL {kl:.3f} +- {kl_se:.3f} nats, {length:.1f} tokens")
         for spec, result in results.items():
             mean, start = values[spec].mean().item(), result["reference_reward"]
             best, ess, beta = frontier_at(ref_rewards[spec], kl)
-            scale = best - start if kl > 3 * se(kls) else math.nan  # at its reference: no fraction
-            fraction, error = (mean - start) / scale, se(values[spec]) / scale
+            reward_se = standard_error(values[spec])
+            fraction = error = None
+            shown = "at its reference: no fraction"
+            if kl > 3 * kl_se:
+                fraction = (mean - start) / (best - start)
+                of_kl = beta * kl_se  # the frontier's slope is beta
+                of_best = frontier_error(ref_rewards[spec], kl)
+                error = math.hypot(reward_se, fraction * of_kl, fraction * of_best) / (best - start)
+                shown = (f"fraction of the exact optimum {fraction:.3f} +- {error:.3f} "
+                         "(1: none is better, 0: pi_ref)")
             result["policies"][folder] = {
-                "reward": mean, "reward_se": se(values[spec]), "kl": kl, "kl_se": se(kls), "frontier": best,
+                "reward": mean, "reward_se": reward_se, "kl": kl, "kl_se": kl_se, "frontier": best,
                 "ess": ess, "frontier_beta": beta, "fraction": fraction, "fraction_se": error,
                 "mean_length": length}
-            print(f"  {spec}: {mean:.3f} +- {se(values[spec]):.3f}; the optimum there has {best:.3f} (beta "
-                  f"{beta:.2f}, ESS {ess:.0f}): fraction of the exact optimum {fraction:.3f} +- {error:.3f}")
+            print(f"  {spec}: {mean:.3f} +- {reward_se:.3f}; the optimum there has {best:.3f} (beta "
+                  f"{beta:.2f}, ESS {ess:.0f}): {shown}")
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
     return results
