@@ -337,7 +337,7 @@ def fail(message):
     """Bad input ends a script with one line on stderr and exit code 2, without a traceback."""
     line = " ".join(str(message).split())[:1000]
     print(f"error: {line}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(2) from None  # by which `blame` knows it
 
 @contextlib.contextmanager
 def blame(what, file=""):
@@ -346,7 +346,8 @@ def blame(what, file=""):
     try:
         yield
     except kinds as error:
-        if isinstance(error, KeyboardInterrupt) or getattr(error, "code", 0) == 2:  # Ctrl-C, or `fail`
+        is_said = isinstance(error, SystemExit) and error.code == 2 and error.__suppress_context__
+        if isinstance(error, KeyboardInterrupt) or is_said:
             raise
         trace = traceback.extract_tb(error.__traceback__)
         places = [f"{file}:{frame.lineno}: " for frame in trace if frame.filename == os.path.abspath(file)]
@@ -582,7 +583,7 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
             if isinstance(part, transformers.PretrainedConfig):  # of the model, or of one within it
                 noise = [key for key, value in vars(part).items() if "drop" in key and value]
                 part.update({key: type(getattr(part, key))(0) for key in noise})
-        plain = r".*(?<!index)\.(json|jinja|txt|model|md|py)|[A-Z.][^.]*"
+        plain = r".*(?<!index)\.(json|jinja|txt|model|md|py)|[A-Z][^.]*|\.git.*"
         others = [file for file in folder.glob("*") if not re.fullmatch(plain, file.name)]
         if causal and folder.is_dir() and not others:
             print(f"{name} holds no weights: starting from random ones")
@@ -729,6 +730,8 @@ def reward_function(spec, tokenizer, device):
 def check_flags(args):
     """Refuse numbers that are negative or infinite, 0 where that has no meaning, and uneven micro-batches."""
     sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+    with contextlib.suppress(AttributeError):  # in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
     may_be_0 = """seed learning_rate critic_learning_rate warmup_steps weight_decay label_smoothing eval_every
         save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty num_train_epochs
         total_episodes""".split()
@@ -787,7 +790,7 @@ class Run:
         self.args, self.began = args, time.time()
         self.folder = Path(args.output_dir).absolute()
         self.file = self.folder / "state" / "checkpoint.pt"
-        self.state, self.pid = {}, os.getpid()
+        self.state, self.handlers = {}, {}
         self.stopped = 0  # or the number of the signal that ends the run
         is_used = not args.resume and self.folder.is_dir() and os.listdir(self.folder)
         if is_finished := (self.folder / "model").exists():
@@ -839,14 +842,22 @@ class Run:
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(str(self.folder))
-        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        both = signal.SIGINT, signal.SIGTERM
+        self.handlers = {number: signal.signal(number, self.stop) for number in both}
+        if hasattr(os, "register_at_fork"):  # the workers of a reward function end when they are told to
+            block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, both)  # else a signal may be lost
+            free = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, both)
+            os.register_at_fork(after_in_child=self.release)
+            os.register_at_fork(before=block, after_in_parent=free, after_in_child=free)
         return self.state.get("step", 0)
 
     def stop(self, number, frame):
         self.stopped = number  # after this step; a second signal ends the run at once
         signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != self.pid:  # as the first one does for the workers of a reward function
-            os.kill(os.getpid(), number)
+
+    def release(self):
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def log(self, step, metrics, samples=()):
         """A line of metrics.jsonl, lines of samples.jsonl, and TensorBoard's events if it is installed."""
@@ -891,8 +902,7 @@ class Run:
                 tokenizer.save_pretrained(self.folder / name)
             os.replace(self.folder / "model.tmp", self.folder / "model")
         shutil.rmtree(self.file.parent, ignore_errors=True)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.release()
 
     def show_change(self, after, samples=()):
         """Print the first samples, and the metrics of an evaluation, beside those of the first evaluation."""

@@ -265,11 +265,12 @@ def main(args: Args) -> dict:
         return result, samples
 
     # 3. the loop. Order and noise are functions of (seed, update), so that no random state has to be saved
-    sources = []  # what --resume has to find again
+    inputs = [({**row, "_where": ""}, ids) for row, ids in prompts + held_out]
     for spec in args.reward:
         file = Path(spec.rpartition(":")[0] or f"{spec}/config.json")  # which holds the reward model's mean
-        sources.append(file.read_text() if file.exists() else spec)
-    first = run.start(num_updates, [*prompts, *held_out, *sources], policy=policy, optimizer=optimizer)
+        if file.exists():
+            inputs.append((file.read_bytes(), spec.partition(".py:")[2]))
+    first = run.start(num_updates, inputs, policy=policy, optimizer=optimizer)
     num_tokens, n, metrics = run.state.get("num_tokens", 0), len(prompts), {}
     bar = tqdm(range(first, num_updates), initial=first, total=num_updates, unit="update", disable=None)
     for update in bar:

@@ -263,7 +263,7 @@ def score_file(args, device, autocast):
     scores = read_scores(model, [ids for ids, _ in encoded], args.micro_batch_size, autocast)
     rewards = scores - getattr(model.config, "reward_mean", 0.0)
     output = Path(args.score).with_suffix(".scores.jsonl")
-    with open(output, "w") as file:
+    with blame(f"--score: {output}"), open(output, "w") as file:
         for row, score, reward in zip(rows, scores.tolist(), rewards.tolist()):
             del row["_where"]
             file.write(json.dumps({**row, "score": score, "reward": reward}, default=str) + "\n")

@@ -263,6 +263,7 @@ def go_on(whole, args, story):
         story.events.append(f"resumed {saved_step(folder)}")
     else:
         story.events.append("started anew")
+        shutil.rmtree(folder, ignore_errors=True)  # as the refusal of a second start asks
     log = folder.with_suffix(".log")
     log.unlink(missing_ok=True)
     return Child(whole.script, dataclasses.replace(args, resume=finished or interrupted), log)

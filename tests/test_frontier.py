@@ -5,7 +5,6 @@ value, and one of the policies is the optimum itself.
 import contextlib
 import io
 import json
-import math
 import types
 
 import frontier

@@ -25,9 +25,9 @@ HOUSE = [stem for stem in SOURCES if stem != "common"]  # the scripts
 
 # ---- Sizes: nobody raises these figures ----
 
-# Of the 420 lines of ppo.py and of grpo.py, dpo.py's 260 and sft.py's 190, common.py has got 105: what stood in several
+# Of the 420 lines of ppo.py and of grpo.py, dpo.py's 260 and sft.py's 190, common.py has got 115: what stood in several
 # scripts stands there once. The sum, 2940, is what nobody raises.
-LINES = {"sft": 185, "dpo": 250, "reward_model": 360, "grpo": 375, "ppo": 375, "bandit_bt": 490, "common": 905}
+LINES = {"sft": 185, "dpo": 250, "reward_model": 360, "grpo": 370, "ppo": 370, "bandit_bt": 490, "common": 915}
 LINES_OF_PART_I = 380  # of common.py, everything before the banner of part II
 WIDTH = 110
 TOKENS_PER_LINE = 12
