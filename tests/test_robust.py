@@ -159,9 +159,10 @@ def with_code(folder, marker, files):
 
 
 CODE = {"config": {"config.json": {}}, "new type": {"config.json": {"model_type": "spy"}},
-        "tokenizer": {"tokenizer_config.json": {}}, "new class": {"tokenizer_config.json": {"tokenizer_class": "Tokenizer"}},
-        "new architecture": {"config.json": {"architectures": ["Model"]}}, "generation": {"generation_config.json": {
-            "custom_generate": "spy.py"}},
+        "tokenizer": {"tokenizer_config.json": {}},
+        "new class": {"tokenizer_config.json": {"tokenizer_class": "Tokenizer"}},
+        "new architecture": {"config.json": {"architectures": ["Model"]}},
+        "generation": {"generation_config.json": {"custom_generate": "spy.py"}},
         "all": {"config.json": {"model_type": "spy"}, "tokenizer_config.json": {"tokenizer_class": "Tokenizer"}}}
 
 
@@ -170,8 +171,8 @@ CODE = {"config": {"config.json": {}}, "new type": {"config.json": {"model_type"
 def test_code_of_a_folder_never_runs(script, tiny, starts, tmp_path, monkeypatch, flag, run, label):
     """Whatever stdin would answer, and though transformers would ask or just do it."""
     marker = tmp_path / "executed"
-    files = {file: options for file, options in CODE[label].items() if file != "generation_config.json" or flag == "model"}
-    folder = with_code(copy_model(starts, tmp_path / "model", run=run), marker, files)
+    folder = copy_model(starts, tmp_path / "model", run=run)
+    with_code(folder, marker, {file: new for file, new in CODE[label].items() if (folder / file).exists()})
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 99))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with contextlib.suppress(SystemExit):
@@ -737,7 +738,8 @@ REWARDS_THAT_ARE_NONE = {  # what a reward function gives for two completions
     "digits": ["1", "2"], "digits of bytes": [b"1", b"2"], "a string of digits": "12", "a pair": [(1,), (2,)],
     "a complex number": [1j, 2j], "a date": ["2024-01-01"] * 2, "an object": [object(), object()], "None": None,
     "a type": [float, float], "a row of a table": [{"score": 1.0}] * 2, "words to scores": {"good": 1.0, "bad": 0.0},
-    "a huge number": [10**400, 0], "two numbers": torch.ones(2, 2), "an array": np.ones((2, 3)), "a range of three": range(3)}
+    "a huge number": [10**400, 0], "two numbers": torch.ones(2, 2), "an array": np.ones((2, 3)),
+    "a range of three": range(3)}
 ERRORS = {"stop": Stop("now"), "generator": GeneratorExit(), "cancelled": asyncio.CancelledError(),
           "exit": SystemExit("no licence"), "exit 0": SystemExit(0), "memory": MemoryError(),
           "recursion": RecursionError("deep"), "cancelled thread": asyncio.TimeoutError()}
@@ -748,7 +750,8 @@ def score_by(tmp_path, monkeypatch):
     """score_by(function) -> (score of a file whose reward function this is, its --reward)."""
 
     def make(function):
-        (tmp_path / "mine.py").write_text("import robust_function\n\ndef f(**given): return robust_function.function(**given)\n")
+        code = "import robust_function\n\ndef f(**given): return robust_function.function(**given)\n"
+        (tmp_path / "mine.py").write_text(code)
         monkeypatch.setitem(sys.modules, "robust_function", SimpleNamespace(function=function))
         spec = f"{tmp_path}/mine.py:f"
         score = reward_function(spec, word_tokenizer(), CPU)
@@ -840,7 +843,7 @@ def test_a_short_run_says_so_in_a_line(script, go, starts, capsys):
 def test_the_end_says_where_the_results_are(script, tiny, tmp_path, monkeypatch, capsys):
     """As it was given."""
     monkeypatch.chdir(tmp_path)
-    launch(script, tiny(output_dir="here/run", **{"num_train_epochs": 0} if not script.is_sampler else no_steps(script)))
+    launch(script, tiny(output_dir="here/run", **no_steps(script)))
     assert "model, metrics and samples: here/run\n" in capsys.readouterr().out
     assert (tmp_path / "here" / "run" / "model").is_dir()
 
@@ -896,8 +899,9 @@ def test_default_samples_are_of_all_prompts_and_whole(script, starts, tmp_path):
     rows = script.rows(0, 70, "_test")
     path = write(tmp_path / "held_out.jsonl", rows)
     model = {"model": str(starts / "run1" / "model")} if script.name == "dpo" else {"model": str(DATA / "model")}
-    launch(script, script.module.Args(dataset=str(starts / f"{script.name}.jsonl"), eval_dataset=path, num_train_epochs=0,
-                                      output_dir=str(tmp_path / "run"), device="cpu", **model))
+    launch(script, script.module.Args(
+        dataset=str(starts / f"{script.name}.jsonl"), eval_dataset=path, num_train_epochs=0,
+        output_dir=str(tmp_path / "run"), device="cpu", **model))
     samples = read(tmp_path / "run" / "samples.jsonl")
     assert [row["prompt"] for row in samples] == [row["prompt"] for row in rows[: script.module.Args.eval_samples]]
     lengths = [len(row["completion"].split()) for row in samples]
@@ -930,8 +934,8 @@ def test_a_tie_of_eleven_is_refused(refused, tmp_path):
     with pytest.raises(ValueError, match="11"):
         reward_model.plackett_luce_loss(torch.zeros(12), [1] + [2] * 11)
     assert reward_model.plackett_luce_loss(torch.zeros(10), [3] * 10).item() == pytest.approx(math.lgamma(11), rel=1e-5)
-    row = {"prompt": PROMPT, "completions": [f" {word} ." for word in "the plot was good and bad it is also slow i".split()],
-           "ranking": [7] * 11}
+    words = "the plot was good and bad it is also slow i".split()
+    row = {"prompt": PROMPT, "completions": [f" {word} ." for word in words], "ranking": [7] * 11}
     path = write(tmp_path / "rows.jsonl", [row, row])
     assert "--loss-type plackett_luce" in refused(dataset=path, eval_dataset=path, loss_type="plackett_luce")
 
@@ -944,7 +948,8 @@ def test_scores_are_of_whole_rows_and_finite(refused, starts, tmp_path):
     assert "positions" in refused(score=path, output_dir=str(scorer))
     path = write(tmp_path / "rows.jsonl", [{"prompt": PROMPT, "completion": " good"}])
     weights = load_file(scorer / "model" / "model.safetensors")
-    for key, value in (("score.weight", math.nan), ("model.layers.0.mlp.up_proj.weight", math.nan), ("model.norm.weight", math.inf)):
+    ruined = {"score.weight": math.nan, "model.layers.0.mlp.up_proj.weight": math.nan, "model.norm.weight": math.inf}
+    for key, value in ruined.items():
         bad = {name: weight.clone() for name, weight in weights.items()}
         bad[key].view(-1)[5] = value
         save_file(bad, scorer / "model" / "model.safetensors", {"format": "pt"})
