@@ -583,7 +583,7 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
             if isinstance(part, transformers.PretrainedConfig):  # of the model, or of one within it
                 noise = [key for key, value in vars(part).items() if "drop" in key and value]
                 part.update({key: type(getattr(part, key))(0) for key in noise})
-        plain = r".*(?<!index)\.(json|jinja|txt|model|md|py)|[A-Z][^.]*|\.git.*"
+        plain = r".*(?<!index)\.(json|jinja|txt|model|md|py)|[A-Z][^.]*|\.git.*|\.DS_Store"
         others = [file for file in folder.glob("*") if not re.fullmatch(plain, file.name)]
         if causal and folder.is_dir() and not others:
             print(f"{name} holds no weights: starting from random ones")
@@ -790,7 +790,7 @@ class Run:
         self.args, self.began = args, time.time()
         self.folder = Path(args.output_dir).absolute()
         self.file = self.folder / "state" / "checkpoint.pt"
-        self.state, self.handlers = {}, {}
+        self.state = {}
         self.stopped = 0  # or the number of the signal that ends the run
         is_used = not args.resume and self.folder.is_dir() and os.listdir(self.folder)
         if is_finished := (self.folder / "model").exists():
@@ -847,17 +847,14 @@ class Run:
         if hasattr(os, "register_at_fork"):  # the workers of a reward function end when they are told to
             block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, both)  # else a signal may be lost
             free = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, both)
-            os.register_at_fork(after_in_child=self.release)
+            for number in both:
+                os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
             os.register_at_fork(before=block, after_in_parent=free, after_in_child=free)
         return self.state.get("step", 0)
 
     def stop(self, number, frame):
         self.stopped = number  # after this step; a second signal ends the run at once
         signal.signal(number, signal.SIG_DFL)
-
-    def release(self):
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
 
     def log(self, step, metrics, samples=()):
         """A line of metrics.jsonl, lines of samples.jsonl, and TensorBoard's events if it is installed."""
@@ -902,7 +899,8 @@ class Run:
                 tokenizer.save_pretrained(self.folder / name)
             os.replace(self.folder / "model.tmp", self.folder / "model")
         shutil.rmtree(self.file.parent, ignore_errors=True)
-        self.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def show_change(self, after, samples=()):
         """Print the first samples, and the metrics of an evaluation, beside those of the first evaluation."""

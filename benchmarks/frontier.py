@@ -13,10 +13,10 @@ policy can be above. A policy is judged by
 
 The KL of a policy is the sum over its samples' tokens of the exact KL over the vocabulary, which has the same
 mean as the sampled log-ratio and less noise. Rewards and KL are measured on held-out prompts at temperature
-1; +- is one standard error, by the policy's samples, its KL's and the frontier's own. The effective sample size
-(ESS) says how far a row can be trusted: below about 50 a prompt it is biased low. Each of several rewards, a
-reward model's folder or file.py:function, has its own frontier: a policy trained on a learned reward is judged
-by that one and by the gold reward.
+1; +- is one standard error, by the policy's samples, its KL's and the frontier's own. The effective sample
+size (ESS) says how far a row can be trusted: below about 50 a prompt it is biased low. Each of several
+rewards, a reward model's folder or file.py:function, has its own frontier: a policy trained on a learned
+reward is judged by that one and by the gold reward.
 """
 
 import contextlib

@@ -756,7 +756,7 @@ def score_by(tmp_path, monkeypatch):
         spec = f"{tmp_path}/mine.py:f"
         score = reward_function(spec, word_tokenizer(), CPU)
         rows = [{"prompt": "w5", "_where": "x:1"}, {"prompt": "w6", "_where": "x:2"}]
-        return lambda: score(rows, [[5, 2], [6, 7, 2]])
+        return lambda: score(rows, [[5], [6]], [[5, 2], [6, 7, 2]])
 
     return make
 
@@ -854,7 +854,7 @@ def test_help_says_what_the_script_does(file, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / f"{file}.py"), run_name="__main__")
     assert stop.value.code == 0
-    title = (ROOT / f"{file}.py").read_text().split("\n")[0].removeprefix('"""')
+    title = (ROOT / f"{file}.py").read_text().split("\n")[0].lstrip("r\"")
     assert title.split(".")[0] in " ".join(capsys.readouterr().out.split()) and len(title) > 30
 
 
