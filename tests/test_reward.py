@@ -171,6 +171,13 @@ def test_probabilities_of_all_rankings_sum_to_1():
     assert plackett_luce_loss(r, [30, 7, 10, 8]).item() == plackett_luce_loss(r, [4, 1, 3, 2]).item()
 
 
+def test_ties_are_bounded_since_all_their_subsets_are_summed():
+    r = torch.zeros(12, dtype=torch.float64)
+    assert plackett_luce_loss(r[:10], [1] * 10).item() == pytest.approx(math.lgamma(11), abs=1e-12)  # log 10!
+    with pytest.raises(ValueError, match="11 in a tie"):
+        plackett_luce_loss(r, [1] * 11 + [2])
+
+
 TIED = [[1, 3, 1, 3, 2], [2, 1, 2, 1, 2], [4, 1, 1, 1, 5], [1, 1, 1, 1, 1]]
 
 
