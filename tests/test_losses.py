@@ -301,3 +301,13 @@ def test_dpo_on_sampled_labels_is_within_its_standard_error(world):
     z = error / torch.linalg.pinv(information).diagonal().sqrt()
     assert z.abs().max() < 4.5
     assert 0.5 < z.square().mean() < 1.6  # 63 degrees of freedom: 1 +- 0.18
+
+
+def test_dpo_loss_alone_is_that_of_the_paper():
+    """For who copies it: hard labels, beta 0.1, no smoothing; and an option that does not exist is an error."""
+    logps = torch.tensor([[-3.0, -1.0], [-4.0, -2.5], [-3.5, -1.5], [-3.0, -2.0]], dtype=torch.float64)
+    losses, *_ = dpo.dpo_loss(*logps)
+    want = [math.log1p(math.exp(-0.1 * (0.5 + 1.0))), math.log1p(math.exp(-0.1 * (0.5 + 0.5)))]
+    assert losses.tolist() == pytest.approx(want, abs=1e-12)
+    with pytest.raises(ValueError, match="hinge"):
+        dpo.dpo_loss(*logps, loss_type="hinge")

@@ -94,7 +94,7 @@ def folder_of(script, folder):
 
 @pytest.mark.parametrize("folder, name, flags", COMMANDS)
 def test_commands_have_their_flags(folder, name, flags):
-    path, words = folder_of(name, folder), shlex.split(flags.replace("\n", " "))
+    path, words = folder_of(name, folder), shlex.split(flags.replace("\\\n", " ").replace("\n", " "))
     assert path.exists()
     module = importlib.import_module(name)
     if hasattr(module, "Args"):
