@@ -99,7 +99,7 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
     rejected = encode(tokenizer, rows, eos_ids, max_length, "rejected")
     pairs = [(c, r, row["mu"]) for c, r, row in zip(chosen, rejected, rows) if c and r and c != r]
     if not pairs:
-        fail(f"{rows[0]['_where']}: no pair in which chosen and rejected differ")
+        fail(f"{rows[0]['_where']}: no pair fits in which chosen and rejected differ")
     if num_dropped := len(rows) - len(pairs):
         print(f"{num_dropped} of {len(rows)} pairs dropped: too long, or the same tokens on both sides")
     return pairs
@@ -178,7 +178,7 @@ def main(args: Args) -> dict:
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if num_steps < 20:
+    if 0 < num_steps < 20:
         print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
     if run.state:
         ref_train, ref_held_out = run.state["reference"]

@@ -162,7 +162,7 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
         if None not in completions and (len(completions) > 2 or completions[0] != completions[1]):
             comparisons.append((completions, ranking, pairs, row.get("p_chosen")))
     if not comparisons:
-        fail(f"{rows[0]['_where']}: no pair in which chosen and rejected differ")
+        fail(f"{rows[0]['_where']}: no pair fits in which chosen and rejected differ")
     if num_dropped := len(rows) - len(comparisons):
         print(f"{num_dropped} of {len(rows)} pairs dropped: too long, or the same tokens on both sides")
     return comparisons
@@ -292,7 +292,7 @@ def main(args: Args) -> dict:
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if num_steps < 20:
+    if 0 < num_steps < 20:
         print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
 
     def report(step):

@@ -108,8 +108,8 @@ def main(args: Args) -> dict:
         args.dataset, args.eval_dataset, "prompt completion", "messages", "text")
     model, tokenizer, eos_ids = load_model(args.model, args, device)
     for row in train_rows + held_out_rows:
-        if type(row.get("label")) is bool:
-            fail(f"{row['_where']}: label: a completion that may be a bad one is no demonstration")
+        if row.get("label") is False and "completion" in row:
+            fail(f"{row['_where']}: label is false: such a completion is no demonstration")
     train = list(filter(None, encode(tokenizer, train_rows, eos_ids, args.max_length)))  # None was dropped
     held_out = list(filter(None, encode(tokenizer, held_out_rows, eos_ids, args.max_length)))
     check_model(model, [ids for ids, _ in train + held_out])
@@ -118,7 +118,7 @@ def main(args: Args) -> dict:
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if num_steps < 20:
+    if 0 < num_steps < 20:
         print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
 
     def report(step):

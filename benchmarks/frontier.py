@@ -162,7 +162,7 @@ def main(args: Args) -> dict:
             reward_se = standard_error(values[spec])
             fraction = error = None
             shown = "at its reference: no fraction"
-            if kl > 3 * kl_se:
+            if kl > 3 * kl_se and best > start:
                 fraction = (mean - start) / (best - start)
                 of_kl = beta * kl_se  # the frontier's slope is beta
                 of_best = frontier_error(ref_rewards[spec], kl)

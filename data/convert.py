@@ -134,7 +134,7 @@ def main():
         fail("expected one file: python data/convert.py rows.jsonl > converted.jsonl")
     for row in read_rows(sys.argv[1]):
         for new in convert(row):
-            print(json.dumps(new, ensure_ascii=False, default=str))
+            print(json.dumps(new, default=str))
 
 
 if __name__ == "__main__":

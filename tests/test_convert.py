@@ -3,11 +3,13 @@ rows that the scripts read, by the values in them.
 """
 
 import json
+import runpy
+import sys
 
 import pytest
 from conftest import ROOT
 from convert import LAYOUTS, convert
-from tiny_runs import read, run_python, write
+from tiny_runs import write
 
 TALK = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
 CASES = [
@@ -70,10 +72,9 @@ def test_a_row_of_no_known_layout_is_refused(capsys, row, words):
     assert all(word in line for word in words), line
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "published.jsonl", [row for row, _ in CASES[:5]])
-    process = run_python(str(ROOT / "data" / "convert.py"), path)
-    assert process.returncode == 0 and process.stderr == ""
-    (tmp_path / "ours.jsonl").write_text(process.stdout)
-    assert read(tmp_path / "ours.jsonl") == [new for _, want in CASES[:5] for new in want]
-    assert json.loads(process.stdout.splitlines()[0])["prompt"] == "1+1?"
+    monkeypatch.setattr(sys, "argv", ["convert.py", path])
+    runpy.run_path(str(ROOT / "data" / "convert.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines] == [new for _, want in CASES[:5] for new in want]
