@@ -372,7 +372,7 @@ def test_reward_model_that_does_not_know_every_word(script, refused, starts, tmp
     folder = copy_model(starts, tmp_path / "model", run="reward1")
     weights, tokenizer = load_file(folder / "model.safetensors"), transformers.AutoTokenizer.from_pretrained(folder)
     rows = read(starts / f"{script.name}.jsonl") + read(starts / f"{script.name}_held_out.jsonl")
-    known = {tokenizer.eos_token_id}
+    known = {tokenizer.eos_token_id, 0}  # and padding, so that the try before the run finds nothing
     for row in rows:
         known.update(tokenizer(row["prompt"])["input_ids"])
     unknown = [token for token in range(len(tokenizer)) if token not in known]
