@@ -359,8 +359,7 @@ def read_rows(path, *layouts, split="train"):
     Each needs the columns of one of the layouts, such as "prompt completion"."""
     file, result = Path(path), []
     is_parquet = file.suffix == ".parquet"
-    is_file = is_parquet or "json" in file.suffix or file.parent.exists()
-    if is_parquet or (path.count("/") == 1 and not is_file):
+    if is_parquet or (path.count("/") == 1 and "json" not in file.suffix and not file.parent.exists()):
         with blame(f"{path} (.parquet files and Hub ids need `pip install datasets`)"):
             import datasets
             source = {"path": "parquet", "data_files": path} if is_parquet else {"path": path}
@@ -481,18 +480,19 @@ def segments_of(tokenizer, row, completion):
     return segments or fail(f"{where}: no assistant message to train on")
 
 def words_of(tokenizer):
-    """(text or texts -> ids without special ones; the ids that it puts before a text: a BOS, or none)."""
+    """(text or texts -> ids without special ones; ids -> the same with a BOS, if a text has one)."""
     bare = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
     with blame(f"the tokenizer of {tokenizer.name_or_path} has no ids for text"):
         known = next(letter for letter in "a0." if bare(letter))
         marked = tokenizer(known)["input_ids"]
-        return bare, marked[: marked.index(bare(known)[0])]
+        bos = marked[: marked.index(bare(known)[0])]
+    return bare, lambda ids: ids if ids[: len(bos)] == bos else bos + ids
 
 def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     """Each row as (ids, trained), lists of one length that end with one EOS, untrained if the row was cut;
     None if its prompt fills max_length. Its segments are tokenized apart, behind a newline that is cut off
     again, as some tokenizers put a space before a text."""
-    bare, bos = words_of(tokenizer)
+    bare, begin = words_of(tokenizer)
     newline = bare("\n")
     segments = [segments_of(tokenizer, row, completion) for row in tqdm(rows, "rows", delay=3, disable=None)]
     texts = [text if k == 0 else "\n" + text for parts in segments for k, (text, *_) in enumerate(parts)]
@@ -503,8 +503,8 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
         for k, (text, train, chat) in enumerate(parts):
             piece = next(pieces)
             is_last = k == len(parts) - 1
-            if k == 0 and not chat and piece[: len(bos)] != bos:
-                piece = bos + piece
+            if k == 0 and not chat:
+                piece = begin(piece)
             elif k > 0 and piece[: len(newline)] == newline:
                 piece = piece[len(newline) :]
             elif k > 0:  # it merged with the text and cannot be cut off
@@ -543,13 +543,12 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
 
 def load_prompts(tokenizer, rows, max_prompt_length):
     """Rows to [(row with the columns of all, ids of its prompt), ...] without those that are too long."""
-    bare, bos = words_of(tokenizer)
+    bare, begin = words_of(tokenizer)
     columns, prompts = dict.fromkeys(name for row in rows for name in row), []
     for row in tqdm(rows, "prompts", delay=3, disable=None):
         prompt = row["prompt"]
         if isinstance(prompt, str):
-            ids = bare(prompt)
-            ids = ids if ids[: len(bos)] == bos else bos + ids
+            ids = begin(bare(prompt))
         else:
             with blame(f"{row['_where']}: the chat template refuses this as a prompt"):
                 ids = bare(renderer(tokenizer, row, prompt)(prompt, add_generation_prompt=True))
@@ -602,7 +601,8 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
         with contextlib.suppress(OSError):
             eos = GenerationConfig.from_pretrained(name).eos_token_id or eos
     missing = set(info.get("missing_keys", ()))
-    others = {key for key in info.get("unexpected_keys", ()) if not re.search(r"attn.*(masked_)?bias$", key)}
+    buffers = r"attn\.(attention\.)?(masked_)?bias$"  # of old GPT-2, GPT-Neo, BigCode: masks, not weights
+    others = {key for key in info.get("unexpected_keys", ()) if not re.search(buffers, key)}
     if new_head in missing:
         head = model.get_parameter(new_head)
         torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
@@ -670,7 +670,7 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
         spec, args, device, "--reward", AutoModelForSequenceClassification)
     if model.config.num_labels != 1 or not hasattr(model, "score"):
         fail(f"--reward {spec}: no reward model: it needs one label and a trained head named score")
-    same_start = words_of(tokenizer)[1] == words_of(own_tokenizer)[1]
+    same_start = words_of(tokenizer)[1]([]) == words_of(own_tokenizer)[1]([])
     if not same_start or tokenizer.get_vocab().items() - own_tokenizer.get_vocab().items():
         fail(f"--reward {spec}: its tokenizer is not the policy's: train it by reward_model.py from --model")
     model.eval().requires_grad_(False)
@@ -802,7 +802,7 @@ class Run:
         self.file = self.folder / "state" / "checkpoint.pt"
         self.state = {}
         self.stopped = 0  # or the number of the signal that ends the run
-        ours = lambda file: file.name in self.LOGS and file.stat().st_size == 0 or file.match("events.out*")
+        ours = lambda file: file.name in self.LOGS and not file.stat().st_size or file.match("events.out*")
         is_used = not args.resume and not all(map(ours, self.folder.glob("*")))  # it may have empty logs
         is_finished = (self.folder / "model").exists()
         if is_finished and args.resume:
@@ -841,7 +841,7 @@ class Run:
             with contextlib.suppress(ImportError):  # there is none on Windows
                 import fcntl
                 fcntl.lockf(self.logs[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for file, size in zip(self.logs, self.state.get("sizes", (0, 0))):
+            for file, size in zip(self.logs, self.state["sizes"] if self.state else (0, 0)):
                 if file.tell() < size:
                     raise ValueError(f"{file.name} has lost rows")
                 file.truncate(size)  # what is behind the checkpoint will come again

@@ -67,7 +67,7 @@ EXTRA = {  # weights that no class of transformers has
     "lora": "model.layers.0.self_attn.q_proj.lora_A.weight", "adapter's default": "lora_B.default.weight",
     "value head": "v_head.summary.weight", "another value head": "value_head.weight",
     "scale of 8 bits": "model.layers.1.mlp.up_proj.weight_scale", "third layer": "model.layers.2.mlp.up_proj.weight",
-    "eyes": "visual.blocks.0.norm1.weight"}
+    "eyes": "visual.blocks.0.norm1.weight", "learned bias": "model.layers.0.self_attn.q_proj.bias"}
 
 
 @every_kind
