@@ -1,0 +1,66 @@
+"""benchmarks/gpu_check.py at tiny sizes on the CPU, where all of its comparisons have a known answer."""
+
+import json
+import subprocess
+import sys
+
+import gpu_check
+import pytest
+from conftest import ROOT
+
+COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--tiny"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What one run of three steps writes."""
+    out = tmp_path_factory.mktemp("gpu_check")
+    steps = ["--only", "environment", "sft", "train_grpo"]
+    subprocess.run([*COMMAND, "--output-dir", str(out), *steps], check=True, capture_output=True, timeout=120)
+    return json.loads((out / "gpu_check.json").read_text())
+
+
+def test_each_step_has_ended_well(report):
+    assert {name: step["status"] for name, step in report.items()} == dict.fromkeys(report, "ok")
+    assert list(report) == ["environment", "sft", "train_grpo"]
+
+
+def test_the_device_under_test_agrees_with_itself(report):
+    """On a CPU "CUDA in fp32" is the same computation, and a command repeated or resumed gives the same bits."""
+    world = report["sft"]
+    for when in ("before", "first step", "end"):
+        assert world["fp32 against the CPU"][when][0] == 0.0
+        assert world["bf16 against the CPU"][when][0] < 0.1
+    assert world["bf16 against the CPU"]["end"][0] > 0.0  # another arithmetic
+    assert world["the same command twice"]["bit-identical"] and world["stopped and resumed"]["bit-identical"]
+    assert world["stopped after step"] == 2
+
+
+def test_tokens_are_those_of_the_rows(report):
+    """6 updates of 16 responses of 6 tokens; two of the five later updates are the figure's."""
+    step = report["train_grpo"]
+    assert step["metrics"]["num_tokens"] == 6 * 16 * 6 and len(step["seconds of each step"]) == 4
+    assert step["trained tokens/s, prompts among them"] > 0
+    parts = step["seconds of the parts of the last step, waiting for each"]
+    assert {"rollout", "sample", "sequence_logprobs", "backward", "optimizer"} <= set(parts)
+
+
+def test_a_step_that_hangs_costs_itself_alone(tmp_path, monkeypatch):
+    """It is stopped at its limit, its figures so far and its log are kept, and the next one runs."""
+    script = "import pathlib, time; pathlib.Path('{0}/sft.json').write_text('{{\"a\": 1}}'); print('here', flush=True); "
+    slow, work = "time.sleep(60)", tmp_path / "out" / "work"
+
+    def start(name, work, tiny):
+        code = script.format(work) + (slow if name == "sft" else "")
+        return subprocess.Popen([sys.executable, "-c", code], stdout=open(work / f"{name}.log", "w"), start_new_session=True)
+
+    monkeypatch.setattr(gpu_check, "start", start)
+    monkeypatch.setattr(gpu_check, "STEPS", [{"sft": 1}, {"dpo": 30}])
+    report = gpu_check.parent(gpu_check.Args(output_dir=str(tmp_path / "out")))
+    assert report["sft"]["status"] == "stopped after 1 s" and report["sft"]["a"] == 1
+    assert report["sft"]["log"] == "here\n" and report["dpo"]["status"] == "ok"
+    assert json.loads((work.parent / "gpu_check.json").read_text()) == report
+
+
+def test_digits():
+    assert gpu_check.digits(0.0123456) == 0.0123 and gpu_check.digits(123456.0) == 123000.0
