@@ -73,12 +73,12 @@ def _logits(hidden, weight, bias, scale, softcap, temperature):
     return z if temperature == 1.0 else z.div_(temperature)
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Logits live one chunk of rows at a time, and backward dz = g (1[y] - p) - g_H p (log p + entropy)."""
+    """Logits live one chunk of rows at a time, and backward dz = -g (p - 1[y]) - g_H p (log p + entropy)."""
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, head, rows, keep, entropy, hits):
+    def forward(ctx, hidden, weight, W, bias, targets, head, rows, keep, entropy, hits):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        half = hidden.is_cuda and hidden.dtype == weight.dtype != dtype  # 16-bit operands, fp32 products
-        W = weight if half else weight.to(dtype)
+        half = hidden.is_cuda and hidden.dtype == W.dtype != dtype  # 16-bit operands, fp32 products
+        W = W if half else W.to(dtype)
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         normalizer = torch.empty_like(logprobs)
         entropies = torch.zeros_like(logprobs)
@@ -86,59 +86,68 @@ class _TokenLogprobs(torch.autograd.Function):
         kept = []
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
+            y = targets[s, None]
             z = _logits(hidden[s], W, bias, *head)  # (rows, V)
-            normalizer[s] = z.logsumexp(-1)
-            z -= normalizer[s, None]  # log p
-            logprobs[s] = z.gather(-1, targets[s, None]).squeeze(-1)
+            normalizer[s] = z.gather(-1, y).squeeze(-1)
+            z = z.log_softmax(-1)
+            logprobs[s] = z.gather(-1, y).squeeze(-1)
             if entropy:
-                entropies[s] = -(z.exp() * z).nan_to_num_(0.0).sum(-1)
+                entropies[s] = -z.exp().mul_(z).nansum(-1)  # 0 log 0 is 0
             if hits:
                 is_top[s] = z.argmax(-1) == targets[s]
             if keep:
-                kept.append(z.to(hidden.dtype) if half else z)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropies)
+                kept.append(z.to(W.dtype))
+        normalizer -= logprobs
+        ctx.save_for_backward(hidden, W, bias, targets, logprobs, normalizer, entropies)
         ctx.kept, ctx.options = kept, (head, rows, dtype, half)
         ctx.mark_non_differentiable(is_top)
         ctx.set_materialize_grads(False)  # an entropy that is only logged costs the backward pass nothing
         return logprobs, entropies, is_top
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g, g_entropy, _):
-        hidden, weight, bias, targets, normalizer, entropies = ctx.saved_tensors
+        hidden, W, bias, targets, logprobs, normalizer, entropies = ctx.saved_tensors
         head, rows, dtype, half = ctx.options
         scale, softcap, temperature = head
         if ctx.kept and ctx.kept[0] is None:
             raise RuntimeError("the first backward pass freed the log-probs: a second one needs keep=False")
-        g = torch.zeros_like(normalizer) if g is None else g
-        W = weight if half else weight.to(dtype)
+        g = torch.zeros_like(logprobs) if g is None else g
+        product = {"out_dtype": dtype} if half else {}
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(W, dtype=dtype) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        d_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[3] else None
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
+            y = targets[s, None]
             if ctx.kept:
-                logp = ctx.kept[i // rows].to(dtype)
+                logp = ctx.kept[i // rows]
                 ctx.kept[i // rows] = None  # freed after its chunk
             else:
-                logp = _logits(hidden[s], W, bias, *head).sub_(normalizer[s, None])
-            slope = scale / temperature  # of z in h W^T + b
+                logp = _logits(hidden[s], W, bias, *head).log_softmax(-1)
+            factor = g[s, None] * (-scale / temperature)
             if softcap is not None:
                 tanh = (logp + normalizer[s, None]).mul_(temperature / softcap)
-                slope = (1 - tanh.square_()).mul_(slope)
-            pull = g[s, None]
-            if g_entropy is not None:
-                pull = pull + g_entropy[s, None] * (logp + entropies[s, None]).nan_to_num_(neginf=0.0)
-            d = logp.exp_().mul_(-pull)  # (rows, V)
-            d.scatter_add_(-1, targets[s, None], g[s, None])
-            d = d.mul_(slope).to(hidden.dtype if half else dtype)
-            d_hidden[s] = d @ W
+            if g_entropy is None:  # g is a factor of its row, and d (rows, V) is p - 1[y]
+                d = logp.exp_()
+                d_target = logprobs[s, None].expm1()  # exact, in 16 bits too
+                d.scatter_(-1, y, d_target.to(d.dtype))
+            else:
+                factor = torch.full_like(factor, -scale / temperature)
+                logp = logp.to(dtype)
+                pull = g_entropy[s, None] * (logp + entropies[s, None]).nan_to_num_(neginf=0.0)
+                d = logp.exp().mul_(pull + g[s, None])
+                d.scatter_add_(-1, y, -g[s, None])
+            if softcap is not None:
+                d = (1 - tanh.square_()).mul_(d)
+            d = d.to(W.dtype)
+            d_hidden[s] = torch.mm(d, W, **product).mul_(factor)
             if d_bias is not None:
-                d_bias += d.sum(0)
-            if d_weight is not None and half:
-                d_weight += torch.mm(d.T, hidden[s], out_dtype=dtype)
-            elif d_weight is not None:
-                d_weight.addmm_(d.T, hidden[s].to(dtype))
-        return d_hidden, d_weight, d_bias, None, None, None, None, None, None
+                d_bias += torch.mm(d.T, factor.to(W.dtype), **product).squeeze(1)
+            if d_weight is not None:
+                h = hidden[s].mul(factor).to(W.dtype)
+                torch.addmm(d_weight, d.T, h, out=d_weight, **product)
+        return d_hidden, d_weight, None, d_bias, *[None] * 6
 
 def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0,
                    entropy=False, hits=False, rows=None, keep=None):
@@ -157,7 +166,7 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
     device = hidden.device.type
-    hidden, weight = _autocast(hidden, weight)
+    hidden, W = _autocast(hidden, weight)  # the gradient of an fp32 weight stays a sum in fp32
     if rows is None:
         rows = 2048 if hidden.is_cuda else 128  # large products on a GPU, chunks in cache on a CPU
     if keep is None:
@@ -166,7 +175,7 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
     keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         logprobs, entropies, is_top = _TokenLogprobs.apply(
-            hidden, weight, bias, targets, (scale, softcap, temperature), rows, keep, entropy, hits)
+            hidden, weight, W, bias, targets, (scale, softcap, temperature), rows, keep, entropy, hits)
     extras = [x for x, wanted in ((entropies, entropy), (is_top, hits)) if wanted]
     return (logprobs, *extras) if extras else logprobs
 
