@@ -135,15 +135,16 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 factor = torch.full_like(factor, -scale / temperature)
                 logp = logp.to(dtype)
-                pull = g_entropy[s, None] * (logp + entropies[s, None]).nan_to_num_(neginf=0.0)
-                d = logp.exp().mul_(pull + g[s, None])
+                pull = (logp + entropies[s, None]).nan_to_num_(neginf=0.0)
+                pull = pull * g_entropy[s, None] + g[s, None]
+                d = logp.exp().mul_(pull)
                 d.scatter_add_(-1, y, -g[s, None])
             if softcap is not None:
                 d = (1 - tanh.square_()).mul_(d)
             d = d.to(W.dtype)
             d_hidden[s] = torch.mm(d, W, **product).mul_(factor)
             if d_bias is not None:
-                d_bias += torch.mm(d.T, factor.to(W.dtype), **product).squeeze(1)
+                d_bias += (d * factor).sum(0)
             if d_weight is not None:
                 h = hidden[s].mul(factor).to(W.dtype)
                 torch.addmm(d_weight, d.T, h, out=d_weight, **product)
@@ -224,30 +225,46 @@ def masked_whiten(x, mask):
     std = masked_mean(centered.square(), mask).sqrt()
     return torch.where(mask, centered / (std + 1e-8), 0.0)
 
-# ---- Batches: a dict of (B, T) tensors, padded on the right ----
+# ---- Batches: a dict of (B, T) tensors on the CPU, padded on the right; a device gets micro-batches ----
+def to_device(x, device):
+    """A tensor of the CPU on the device; on CUDA without waiting until it is there."""
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+def to_floats(metrics):
+    """The metrics with a float for each tensor of one number: the device is waited for once."""
+    tensors = {name: x.double() for name, x in metrics.items() if torch.is_tensor(x)}
+    if tensors:
+        values = torch.stack(list(tensors.values()))
+        metrics = metrics | dict(zip(tensors, values.tolist()))
+    return metrics
+
 def pad(rows, device, value=0):
     """Lists to a tensor (B, T), padded on the right. Masks say what counts, never the padding's value."""
     T = max(map(len, rows))
-    return torch.tensor([row + [value] * (T - len(row)) for row in rows], device=device)
+    return to_device(torch.tensor([row + [value] * (T - len(row)) for row in rows]), device)
 
 def last_token(mask):
     """Index of each row's last True column: (B, T) -> (B,)."""
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
-def micro_batches(batch, index, size):
+def micro_batches(batch, index, size, device="cpu"):
     """(rows, their batch), `size` at a time of those in index (n,): shortest first, needless columns cut."""
-    lengths = last_token(batch["mask"]).cpu() + 1
+    lengths = last_token(batch["mask"]) + 1
     for rows in index[lengths[index].argsort(stable=True)].split(size):
         T = int(lengths[rows].max())
-        yield rows, {name: x[rows, :T] for name, x in batch.items()}
+        yield rows, {name: to_device(x[rows, :T], device) for name, x in batch.items()}
 
 @torch.no_grad()
-def per_token(function, batch, size):
+def per_token(function, batch, size, device="cpu"):
     """function(micro-batch) -> (b, t), such as log-probs or values, of the whole batch: (B, T)."""
     result = torch.zeros_like(batch["logprobs"])
-    for rows, mb in micro_batches(batch, torch.arange(len(result)), size):
-        x = function(mb)
-        result[rows, : x.shape[1]] = x
+    parts = []
+    for rows, mb in micro_batches(batch, torch.arange(len(result)), size, device):
+        parts.append((rows, function(mb)))
+    for rows, x in parts:  # now the device is waited for
+        result[rows, : x.shape[1]] = x.to(result)
     return result
 
 # ---- Sampling ----
@@ -323,15 +340,16 @@ def responses_of(batch):
 
 @torch.no_grad()
 def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
-    """A scored response to each (row, prompt ids): a batch of (B, T) with ref_logprobs, and episodes (B,):
+    """A scored response to each (row, prompt ids), on the CPU: a batch with ref_logprobs, and episodes (B,):
     rewards less --missing-eos-penalty, kl and entropy in nats, lengths, finished; scores (B, K rewards)."""
     rows, prompts = map(list, zip(*rows))
     with autocast():
         batch = sample(policy, prompts, args.max_new_tokens, eos_ids, args.temperature, seed)
+        batch = {name: x.cpu() for name, x in batch.items()}
         score_reference = lambda mb: sequence_logprobs(
             reference, mb["input_ids"], mb["mask"], temperature=args.temperature)
-        batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size)
-    scores = score(rows, prompts, responses_of(batch))  # NaN where a reward gives None
+        batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size, policy.device)
+    scores = score(rows, prompts, responses_of(batch)).cpu()  # NaN where a reward gives None
     if scores.isnan().all(1).any():
         fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
     finished = ended(batch, eos_ids)
@@ -505,7 +523,11 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     newline = bare("\n")
     segments = [segments_of(tokenizer, row, completion) for row in tqdm(rows, "rows", delay=3, disable=None)]
     texts = [text if k == 0 else "\n" + text for parts in segments for k, (text, *_) in enumerate(parts)]
-    pieces = (ids for i in range(0, len(texts), 1000) for ids in bare(texts[i : i + 1000]))  # fast, and small
+    distinct = list(dict.fromkeys(texts))  # both sides of a pair have one prompt
+    ids_of = {}
+    for i in range(0, len(distinct), 1000):  # fast, and small
+        ids_of.update(zip(distinct[i : i + 1000], bare(distinct[i : i + 1000])))
+    pieces = map(ids_of.get, texts)
     result, num_cut = [], 0
     for row, parts in zip(rows, segments):
         ids, trained = [], []
