@@ -73,12 +73,12 @@ def _logits(hidden, weight, bias, scale, softcap, temperature):
     return z if temperature == 1.0 else z.div_(temperature)
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Logits live one chunk of rows at a time, and backward dz = g (1[y] - p) - g_H p (log p + entropy)."""
+    """Logits live one chunk of rows at a time, and backward dz = -g (p - 1[y]) - g_H p (log p + entropy)."""
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, head, rows, keep, entropy, hits):
+    def forward(ctx, hidden, weight, W, bias, targets, head, rows, keep, entropy, hits):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        half = hidden.is_cuda and hidden.dtype == weight.dtype != dtype  # 16-bit operands, fp32 products
-        W = weight if half else weight.to(dtype)
+        half = hidden.is_cuda and hidden.dtype == W.dtype != dtype  # 16-bit operands, fp32 products
+        W = W if half else W.to(dtype)
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         normalizer = torch.empty_like(logprobs)
         entropies = torch.zeros_like(logprobs)
@@ -86,59 +86,69 @@ class _TokenLogprobs(torch.autograd.Function):
         kept = []
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
+            y = targets[s, None]
             z = _logits(hidden[s], W, bias, *head)  # (rows, V)
-            normalizer[s] = z.logsumexp(-1)
-            z -= normalizer[s, None]  # log p
-            logprobs[s] = z.gather(-1, targets[s, None]).squeeze(-1)
+            normalizer[s] = z.gather(-1, y).squeeze(-1)
+            z = z.log_softmax(-1)
+            logprobs[s] = z.gather(-1, y).squeeze(-1)
             if entropy:
-                entropies[s] = -(z.exp() * z).nan_to_num_(0.0).sum(-1)
+                entropies[s] = -z.exp().mul_(z).nansum(-1)  # 0 log 0 is 0
             if hits:
                 is_top[s] = z.argmax(-1) == targets[s]
             if keep:
-                kept.append(z.to(hidden.dtype) if half else z)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropies)
+                kept.append(z.to(W.dtype))
+        normalizer -= logprobs
+        ctx.save_for_backward(hidden, W, bias, targets, logprobs, normalizer, entropies)
         ctx.kept, ctx.options = kept, (head, rows, dtype, half)
         ctx.mark_non_differentiable(is_top)
         ctx.set_materialize_grads(False)  # an entropy that is only logged costs the backward pass nothing
         return logprobs, entropies, is_top
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g, g_entropy, _):
-        hidden, weight, bias, targets, normalizer, entropies = ctx.saved_tensors
+        hidden, W, bias, targets, logprobs, normalizer, entropies = ctx.saved_tensors
         head, rows, dtype, half = ctx.options
         scale, softcap, temperature = head
         if ctx.kept and ctx.kept[0] is None:
             raise RuntimeError("the first backward pass freed the log-probs: a second one needs keep=False")
-        g = torch.zeros_like(normalizer) if g is None else g
-        W = weight if half else weight.to(dtype)
+        g = torch.zeros_like(logprobs) if g is None else g
+        product = {"out_dtype": dtype} if half else {}
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(W, dtype=dtype) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        d_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[3] else None
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
+            y = targets[s, None]
             if ctx.kept:
-                logp = ctx.kept[i // rows].to(dtype)
+                logp = ctx.kept[i // rows]
                 ctx.kept[i // rows] = None  # freed after its chunk
             else:
-                logp = _logits(hidden[s], W, bias, *head).sub_(normalizer[s, None])
-            slope = scale / temperature  # of z in h W^T + b
+                logp = _logits(hidden[s], W, bias, *head).log_softmax(-1)
+            factor = g[s, None] * (-scale / temperature)
             if softcap is not None:
                 tanh = (logp + normalizer[s, None]).mul_(temperature / softcap)
-                slope = (1 - tanh.square_()).mul_(slope)
-            pull = g[s, None]
-            if g_entropy is not None:
-                pull = pull + g_entropy[s, None] * (logp + entropies[s, None]).nan_to_num_(neginf=0.0)
-            d = logp.exp_().mul_(-pull)  # (rows, V)
-            d.scatter_add_(-1, targets[s, None], g[s, None])
-            d = d.mul_(slope).to(hidden.dtype if half else dtype)
-            d_hidden[s] = d @ W
+            if g_entropy is None:  # g is a factor of its row, and d (rows, V) is p - 1[y]
+                d = logp.exp_()
+                d_target = logprobs[s, None].expm1()  # exact, in 16 bits too
+                d.scatter_(-1, y, d_target.to(d.dtype))
+            else:
+                factor = torch.full_like(factor, -scale / temperature)
+                logp = logp.to(dtype)
+                pull = (logp + entropies[s, None]).nan_to_num_(neginf=0.0)
+                pull = pull * g_entropy[s, None] + g[s, None]
+                d = logp.exp().mul_(pull)
+                d.scatter_add_(-1, y, -g[s, None])
+            if softcap is not None:
+                d = (1 - tanh.square_()).mul_(d)
+            d = d.to(W.dtype)
+            d_hidden[s] = torch.mm(d, W, **product).mul_(factor)
             if d_bias is not None:
-                d_bias += d.sum(0)
-            if d_weight is not None and half:
-                d_weight += torch.mm(d.T, hidden[s], out_dtype=dtype)
-            elif d_weight is not None:
-                d_weight.addmm_(d.T, hidden[s].to(dtype))
-        return d_hidden, d_weight, d_bias, None, None, None, None, None, None
+                d_bias += (d * factor).sum(0)
+            if d_weight is not None:
+                h = hidden[s].mul(factor).to(W.dtype)
+                torch.addmm(d_weight, d.T, h, out=d_weight, **product)
+        return d_hidden, d_weight, None, d_bias, *[None] * 6
 
 def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0,
                    entropy=False, hits=False, rows=None, keep=None):
@@ -157,7 +167,7 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
     device = hidden.device.type
-    hidden, weight = _autocast(hidden, weight)
+    hidden, W = _autocast(hidden, weight)  # the gradient of an fp32 weight stays a sum in fp32
     if rows is None:
         rows = 2048 if hidden.is_cuda else 128  # large products on a GPU, chunks in cache on a CPU
     if keep is None:
@@ -166,7 +176,7 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
     keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         logprobs, entropies, is_top = _TokenLogprobs.apply(
-            hidden, weight, bias, targets, (scale, softcap, temperature), rows, keep, entropy, hits)
+            hidden, weight, W, bias, targets, (scale, softcap, temperature), rows, keep, entropy, hits)
     extras = [x for x, wanted in ((entropies, entropy), (is_top, hits)) if wanted]
     return (logprobs, *extras) if extras else logprobs
 
@@ -215,30 +225,46 @@ def masked_whiten(x, mask):
     std = masked_mean(centered.square(), mask).sqrt()
     return torch.where(mask, centered / (std + 1e-8), 0.0)
 
-# ---- Batches: a dict of (B, T) tensors, padded on the right ----
+# ---- Batches: a dict of (B, T) tensors on the CPU, padded on the right; a device gets micro-batches ----
+def to_device(x, device):
+    """A tensor of the CPU on the device; on CUDA without waiting until it is there."""
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+def to_floats(metrics):
+    """The metrics with a float for each tensor of one number: the device is waited for once."""
+    tensors = {name: x.double() for name, x in metrics.items() if torch.is_tensor(x)}
+    if tensors:
+        values = torch.stack(list(tensors.values()))
+        metrics = metrics | dict(zip(tensors, values.tolist()))
+    return metrics
+
 def pad(rows, device, value=0):
     """Lists to a tensor (B, T), padded on the right. Masks say what counts, never the padding's value."""
     T = max(map(len, rows))
-    return torch.tensor([row + [value] * (T - len(row)) for row in rows], device=device)
+    return to_device(torch.tensor([row + [value] * (T - len(row)) for row in rows]), device)
 
 def last_token(mask):
     """Index of each row's last True column: (B, T) -> (B,)."""
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
-def micro_batches(batch, index, size):
+def micro_batches(batch, index, size, device="cpu"):
     """(rows, their batch), `size` at a time of those in index (n,): shortest first, needless columns cut."""
-    lengths = last_token(batch["mask"]).cpu() + 1
+    lengths = last_token(batch["mask"]) + 1
     for rows in index[lengths[index].argsort(stable=True)].split(size):
         T = int(lengths[rows].max())
-        yield rows, {name: x[rows, :T] for name, x in batch.items()}
+        yield rows, {name: to_device(x[rows, :T], device) for name, x in batch.items()}
 
 @torch.no_grad()
-def per_token(function, batch, size):
+def per_token(function, batch, size, device="cpu"):
     """function(micro-batch) -> (b, t), such as log-probs or values, of the whole batch: (B, T)."""
     result = torch.zeros_like(batch["logprobs"])
-    for rows, mb in micro_batches(batch, torch.arange(len(result)), size):
-        x = function(mb)
-        result[rows, : x.shape[1]] = x
+    parts = []
+    for rows, mb in micro_batches(batch, torch.arange(len(result)), size, device):
+        parts.append((rows, function(mb)))
+    for rows, x in parts:  # now the device is waited for
+        result[rows, : x.shape[1]] = x.to(result)
     return result
 
 # ---- Sampling ----
@@ -314,15 +340,16 @@ def responses_of(batch):
 
 @torch.no_grad()
 def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
-    """A scored response to each (row, prompt ids): a batch of (B, T) with ref_logprobs, and episodes (B,):
+    """A scored response to each (row, prompt ids), on the CPU: a batch with ref_logprobs, and episodes (B,):
     rewards less --missing-eos-penalty, kl and entropy in nats, lengths, finished; scores (B, K rewards)."""
     rows, prompts = map(list, zip(*rows))
     with autocast():
         batch = sample(policy, prompts, args.max_new_tokens, eos_ids, args.temperature, seed)
+        batch = {name: x.cpu() for name, x in batch.items()}
         score_reference = lambda mb: sequence_logprobs(
             reference, mb["input_ids"], mb["mask"], temperature=args.temperature)
-        batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size)
-    scores = score(rows, prompts, responses_of(batch))  # NaN where a reward gives None
+        batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size, policy.device)
+    scores = score(rows, prompts, responses_of(batch)).cpu()  # NaN where a reward gives None
     if scores.isnan().all(1).any():
         fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
     finished = ended(batch, eos_ids)
@@ -496,7 +523,11 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     newline = bare("\n")
     segments = [segments_of(tokenizer, row, completion) for row in tqdm(rows, "rows", delay=3, disable=None)]
     texts = [text if k == 0 else "\n" + text for parts in segments for k, (text, *_) in enumerate(parts)]
-    pieces = (ids for i in range(0, len(texts), 1000) for ids in bare(texts[i : i + 1000]))  # fast, and small
+    distinct = list(dict.fromkeys(texts))  # both sides of a pair have one prompt
+    ids_of = {}
+    for i in range(0, len(distinct), 1000):  # fast, and small
+        ids_of.update(zip(distinct[i : i + 1000], bare(distinct[i : i + 1000])))
+    pieces = map(ids_of.get, texts)
     result, num_cut = [], 0
     for row, parts in zip(rows, segments):
         ids, trained = [], []

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common import (
     Run, check_flags, check_model, complete, device_of, encode, explicit_pairs, fail, learning_rate,
-    load_model, make_first, pad, sequence_logprobs, shuffled, split_rows)
+    load_model, make_first, pad, sequence_logprobs, shuffled, split_rows, to_device, to_floats)
 
 
 @dataclass
@@ -95,9 +95,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 def load_pairs(tokenizer, rows, eos_ids, max_length):
     """Rows to pairs (chosen, rejected, mu), chosen and rejected being (ids, trained) with the same prompt."""
     explicit_pairs(rows)
-    chosen = encode(tokenizer, rows, eos_ids, max_length, "chosen")
-    rejected = encode(tokenizer, rows, eos_ids, max_length, "rejected")
-    pairs = [(c, r, row["mu"]) for c, r, row in zip(chosen, rejected, rows) if c and r and c != r]
+    flat = [{**row, "completion": row[side]} for row in rows for side in ("chosen", "rejected")]
+    encoded = encode(tokenizer, flat, eos_ids, max_length)  # together, so that a prompt is tokenized once
+    pairs = [(c, r, row["mu"]) for c, r, row in zip(encoded[::2], encoded[1::2], rows) if c and r and c != r]
     if not pairs:
         fail(f"{rows[0]['_where']}: no pair fits in which chosen and rejected differ")
     if num_dropped := len(rows) - len(pairs):
@@ -109,8 +109,8 @@ def collate(pairs, device):
     """B pairs as 2B rows, chosen first, padded on the right: input_ids (2B, T), trained (2B, T), mu (B,)."""
     chosen, rejected, mu = zip(*pairs)
     ids, trained = zip(*chosen, *rejected)  # of 2B rows
-    mu = torch.tensor(mu, dtype=torch.get_default_dtype(), device=device)
-    return pad(ids, device), pad(trained, device, False), mu
+    mu = torch.tensor(mu, dtype=torch.get_default_dtype())
+    return pad(ids, device), pad(trained, device, False), to_device(mu, device)
 
 
 @torch.no_grad()
@@ -121,8 +121,8 @@ def reference_logps(model, pairs, args, autocast):
         input_ids, trained, _ = collate(pairs[i : i + args.micro_batch_size], model.device)
         with autocast():
             logps = sequence_logprobs(model, input_ids, trained).sum(1)  # (2b,)
-        result.append(logps.view(2, -1).T.cpu())  # (b, 2)
-    return torch.cat(result)
+        result.append(logps.view(2, -1).T)  # (b, 2)
+    return torch.cat(result).cpu()
 
 
 def forward(model, pairs, ref_logps, args, autocast):
@@ -132,7 +132,7 @@ def forward(model, pairs, ref_logps, args, autocast):
     input_ids, trained, mu = collate(pairs, model.device)
     with autocast():
         chosen, rejected = sequence_logprobs(model, input_ids, trained).sum(1).chunk(2)  # (B,) each
-    ref_chosen, ref_rejected = ref_logps.to(model.device).unbind(1)
+    ref_chosen, ref_rejected = to_device(ref_logps, model.device).unbind(1)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen, rejected, ref_chosen, ref_rejected, mu, args.beta, args.loss_type, args.label_smoothing)
     margins = chosen_rewards - rejected_rewards
@@ -146,16 +146,16 @@ def forward(model, pairs, ref_logps, args, autocast):
 @torch.no_grad()
 def evaluate(model, tokenizer, pairs, ref_logps, eos_ids, args, autocast):
     """(metrics, samples): `forward` on the held-out pairs, and a completion of each of the first prompts."""
-    metrics = {}
+    totals = {}
     for i in range(0, len(pairs), args.micro_batch_size):
         part = slice(i, i + args.micro_batch_size)
         _, sums = forward(model, pairs[part], ref_logps[part], args, autocast)
         for name, value in sums.items():
-            metrics[f"eval/{name}"] = metrics.get(f"eval/{name}", 0.0) + value.item() / len(pairs)
+            totals[f"eval/{name}"] = totals.get(f"eval/{name}", 0.0) + value.double() / len(pairs)
     prompts = [ids[: trained.index(True)] for (ids, trained), _, _ in pairs[: args.eval_samples]]
     with autocast():
         lengths, samples = complete(model, tokenizer, prompts, eos_ids, args)
-    return {**metrics, **lengths}, samples
+    return {**to_floats(totals), **lengths}, samples
 
 
 def main(args: Args) -> dict:
@@ -203,6 +203,7 @@ def main(args: Args) -> dict:
         epoch, position = divmod(step, steps_per_epoch)
         start = position * args.batch_size
         index = shuffled(len(train), args.seed, epoch)[start : start + args.batch_size]
+        index = sorted(index, key=lambda i: sum(len(ids) for ids, _ in train[i][:2]))  # less padding
         batch = [train[i] for i in index]
         ref_batch = ref_train[index]  # (B, 2)
         batch_tokens = sum(len(chosen) + len(rejected) for (chosen, _), (rejected, _), _ in batch)
@@ -214,7 +215,7 @@ def main(args: Args) -> dict:
             losses, sums = forward(model, batch[part], ref_batch[part], args, autocast)
             (losses.sum() / len(batch)).backward()
             for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value
+                totals[name] = totals.get(name, 0.0) + value.double() / len(batch)
 
         # 3b. optimizer step
         for group in optimizer.param_groups:
@@ -225,9 +226,9 @@ def main(args: Args) -> dict:
 
         # 3c. log, save
         num_tokens += batch_tokens
-        metrics = {name: total.item() / len(batch) for name, total in totals.items()}
-        metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-                    "num_tokens": num_tokens, "epoch": (step + 1) / steps_per_epoch,
+        metrics = to_floats({**totals, "grad_norm": grad_norm})
+        metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": num_tokens,
+                    "epoch": (step + 1) / steps_per_epoch,
                     "tokens_per_second": batch_tokens / (time.time() - began)}
         run.log(step + 1, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")

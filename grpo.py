@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from common import (
     Run, check_flags, check_model, device_of, fail, kl_estimate, load_model, load_prompts, load_reward,
-    make_first, micro_batches, rollout, sample_rows, sequence_logprobs, shuffled, split_rows)
+    make_first, micro_batches, rollout, sample_rows, sequence_logprobs, shuffled, split_rows, to_floats)
 
 
 @dataclass
@@ -288,7 +288,7 @@ def main(args: Args) -> dict:
 
         # 3b. advantages within the groups
         groups = episodes["rewards"].view(-1, G)  # (P, G)
-        equal = zero_std(groups).cpu()  # (P,)
+        equal = zero_std(groups)  # (P,)
         metrics |= {"reward_std": groups.std(1).mean().item(),
                     "frac_reward_zero_std": equal.float().mean().item()}
         kept = torch.arange(num_episodes)
@@ -298,7 +298,8 @@ def main(args: Args) -> dict:
             kl = kl_estimate(batch["logprobs"], batch["ref_logprobs"], kl_estimator)
             kl = torch.where(mask, kl, 0.0)  # (B, T)
             groups = groups - args.kl_coef * kl.sum(1).view(-1, G)
-        advantages = group_advantages(groups, args.baseline, args.scale_rewards).view(-1)  # (B,)
+        advantages = group_advantages(groups, args.baseline, args.scale_rewards)
+        batch["advantages"] = advantages.view(-1, 1)  # (B, 1)
 
         # 3c. optimizer steps, with a learning rate that falls to 0
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * update / num_updates)
@@ -310,12 +311,12 @@ def main(args: Args) -> dict:
             for minibatch in order.chunk(args.num_minibatches):
                 weights = token_weights(mask[minibatch], args.loss_type, args.max_new_tokens)
                 batch["weights"][minibatch] = weights.to(batch["weights"].dtype)
-                for index, mb in micro_batches(batch, minibatch, args.micro_batch_size):
+                for _, mb in micro_batches(batch, minibatch, args.micro_batch_size, device):
                     with autocast():
                         logprobs, entropy = sequence_logprobs(
                             policy, mb["input_ids"], mb["mask"], temperature=args.temperature, entropy=True)
                     losses, clipped = grpo_loss(
-                        logprobs, mb["logprobs"], mb["ref_logprobs"], advantages[index], mb["mask"],
+                        logprobs, mb["logprobs"], mb["ref_logprobs"], mb["advantages"][:, 0], mb["mask"],
                         args.kl_coef if args.kl_in == "loss" else 0.0, kl_estimator, args.clip_coef,
                         args.clip_coef_high, args.importance_sampling_level)
                     losses = losses * mb["weights"]
@@ -323,11 +324,12 @@ def main(args: Args) -> dict:
                     terms = {"loss": losses, "entropy": entropy, "policy/clipfrac": clipped,
                              "policy/approx_kl": kl_estimate(mb["logprobs"], logprobs, "k3")}
                     for name, x in terms.items():
-                        total = torch.where(mb["mask"], x.detach().float(), 0.0).sum()
+                        total = torch.where(mb["mask"], x.detach().double(), 0.0).sum()
                         sums[name] = sums.get(name, 0.0) + total
                     if num_steps == 0:  # before the first step only the sampler's arithmetic differs
-                        gap = max(gap, (logprobs.detach() - mb["logprobs"]).abs().max().item())
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+                        off = torch.where(mb["mask"], logprobs.detach() - mb["logprobs"], 0.0)
+                        gap = off.abs().max().clamp(min=gap)
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 num_steps += 1
@@ -336,10 +338,10 @@ def main(args: Args) -> dict:
         batch_tokens = int(mask.sum())
         num_tokens += batch_tokens
         trained_tokens = args.update_epochs * int(mask[kept].sum())
-        metrics["loss"] = float(sums.pop("loss")) / max(num_steps, 1)
-        metrics |= {name: float(x) / max(trained_tokens, 1) for name, x in sums.items()}
-        metrics["grad_norm"] = grad_norm
-        metrics |= {"policy/logprob_gap": gap, "learning_rate": optimizer.param_groups[0]["lr"],
+        metrics["loss"] = sums.pop("loss") / max(num_steps, 1)
+        metrics |= {name: x / max(trained_tokens, 1) for name, x in sums.items()}
+        metrics = to_floats(metrics | {"grad_norm": grad_norm, "policy/logprob_gap": gap})
+        metrics |= {"learning_rate": optimizer.param_groups[0]["lr"],
                     "num_tokens": num_tokens, "episode": (update + 1) * num_episodes,
                     "tokens_per_second": batch_tokens / (time.time() - began)}
         run.log(update + 1, metrics)

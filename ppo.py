@@ -40,7 +40,7 @@ from tqdm import tqdm
 from common import (
     Run, blame, check_flags, check_model, device_of, fail, kl_estimate, last_token, load_model, load_prompts,
     load_reward, make_first, masked_mean, masked_whiten, micro_batches, per_token, rollout, sample_rows,
-    sequence_logprobs, shuffled, split_rows, token_values)
+    sequence_logprobs, shuffled, split_rows, to_floats, token_values)
 
 
 @dataclass
@@ -288,7 +288,7 @@ def main(args: Args) -> dict:
             with autocast():  # V_t, before token t is chosen, is the head's output at token t - 1
                 batch["values"] = per_token(
                     lambda mb: token_values(critic, mb["input_ids"]).roll(1, dims=1), batch,
-                    args.micro_batch_size)
+                    args.micro_batch_size, device)
         advantages, batch["returns"] = gae(token_reward, batch["values"], mask, args.gamma, args.gae_lambda)
         batch["advantages"] = masked_whiten(advantages, mask) if args.norm_adv else advantages
         variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)).square(), mask)
@@ -302,8 +302,8 @@ def main(args: Args) -> dict:
         for epoch in range(args.update_epochs):
             order = torch.tensor(shuffled(num_episodes, args.seed, update * args.update_epochs + epoch))
             for minibatch in order.chunk(args.num_minibatches):
-                step_tokens = mask[minibatch].sum()  # of the whole optimizer step
-                for _, mb in micro_batches(batch, minibatch, args.micro_batch_size):
+                step_tokens = int(mask[minibatch].sum())  # of the whole optimizer step
+                for _, mb in micro_batches(batch, minibatch, args.micro_batch_size, device):
                     with autocast():
                         logprobs, entropy = sequence_logprobs(
                             policy, mb["input_ids"], mb["mask"], temperature=args.temperature, entropy=True)
@@ -321,13 +321,14 @@ def main(args: Args) -> dict:
                         (losses.sum() / step_tokens).backward()
                         terms |= {"loss/value": losses, "val/clipfrac": clipped}
                     for name, x in terms.items():
-                        total = torch.where(mb["mask"], x.detach().float(), 0.0).sum()
+                        total = torch.where(mb["mask"], x.detach().double(), 0.0).sum()
                         sums[name] = sums.get(name, 0.0) + total
                     if num_steps == 0:  # before the first step only the sampler's arithmetic differs
-                        gap = max(gap, (logprobs.detach() - mb["logprobs"]).abs().max().item())
+                        off = torch.where(mb["mask"], logprobs.detach() - mb["logprobs"], 0.0)
+                        gap = off.abs().max().clamp(min=gap)
                 for name, model in models.items():
                     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    metrics[f"grad_norm/{name}"] = norm.item()
+                    metrics[f"grad_norm/{name}"] = norm
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 num_steps += 1
@@ -342,8 +343,9 @@ def main(args: Args) -> dict:
         # 3d. log, save
         batch_tokens = int(mask.sum())
         num_tokens += batch_tokens
-        metrics |= {name: float(x) / (args.update_epochs * batch_tokens) for name, x in sums.items()}
-        metrics |= {"policy/logprob_gap": gap, "learning_rate": optimizer.param_groups[0]["lr"],
+        metrics |= {name: x / (args.update_epochs * batch_tokens) for name, x in sums.items()}
+        metrics = to_floats(metrics | {"policy/logprob_gap": gap})
+        metrics |= {"learning_rate": optimizer.param_groups[0]["lr"],
                     "num_tokens": num_tokens, "episode": (update + 1) * num_episodes,
                     "tokens_per_second": batch_tokens / (time.time() - began)}
         run.log(update + 1, metrics)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from common import (
     Run, blame, check_flags, check_model, device_of, encode, explicit_pairs, fail, learning_rate, load_model,
-    make_first, pad, read_rows, read_scores, shuffled, split_rows, token_values)
+    make_first, pad, read_rows, read_scores, shuffled, split_rows, to_device, to_floats, token_values)
 
 
 @dataclass
@@ -96,7 +96,7 @@ def plackett_luce_loss(rewards, ranking):
         below = [i for i, other in enumerate(ranking) if other > place]
         for size in range(1, len(tied) + 1):
             left = [[*some, *below] for some in combinations(tied, size)]  # all sets that may be left
-            loss = loss + rewards[torch.tensor(left, device=rewards.device)].logsumexp(1).mean()
+            loss = loss + rewards[to_device(torch.tensor(left), rewards.device)].logsumexp(1).mean()
     return loss
 
 
@@ -176,8 +176,8 @@ def collate(comparisons, device):
         start = len(rows)
         pairs += [(start + i, start + j, mu, owner) for i, j, mu in own_pairs]
         rows += completions
-    last = torch.tensor([len(ids) - 1 for ids in rows], device=device)
-    first, second, mu, owner = [torch.tensor(column, device=device) for column in zip(*pairs)]
+    last = to_device(torch.tensor([len(ids) - 1 for ids in rows]), device)
+    first, second, mu, owner = [to_device(torch.tensor(column), device) for column in zip(*pairs)]
     return pad(rows, device), last, first, second, mu, owner
 
 
@@ -207,7 +207,7 @@ def forward(model, comparisons, args, autocast):
     with autocast():
         rewards = token_values(model, input_ids)[torch.arange(len(last)), last]  # (N,)
     rewards_of = rewards.split([len(completions) for completions, *_ in comparisons])  # B times (K,)
-    num_pairs = owner.bincount()  # (B,)
+    num_pairs = to_device(torch.tensor([len(pairs) for *_, pairs, _ in comparisons]), model.device)  # (B,)
     mean = lambda x: x.new_zeros(num_pairs.shape).index_add(0, owner, x) / num_pairs  # (M,) -> (B,)
     losses = mean(bradley_terry_loss(rewards[first], rewards[second], mu))
     if args.loss_type == "plackett_luce":  # two of them are Bradley-Terry already
@@ -311,8 +311,8 @@ def main(args: Args) -> dict:
         began = time.time()
         epoch, position = divmod(step, steps_per_epoch)
         start = position * args.batch_size
-        order = shuffled(len(train), args.seed, epoch)
-        batch = [train[i] for i in order[start : start + args.batch_size]]
+        batch = [train[i] for i in shuffled(len(train), args.seed, epoch)[start : start + args.batch_size]]
+        batch.sort(key=lambda comparison: max(map(len, comparison[0])))  # less padding in micro-batches
         batch_tokens = sum(len(ids) for completions, *_ in batch for ids in completions)
 
         # 3a. gradient, micro-batch by micro-batch
@@ -321,7 +321,7 @@ def main(args: Args) -> dict:
             losses, each, *_ = forward(model, batch[i : i + args.micro_batch_size], args, autocast)
             (losses.sum() / len(batch)).backward()
             for name, value in each.items():
-                totals[name] = totals.get(name, 0.0) + value.sum()
+                totals[name] = totals.get(name, 0.0) + value.sum().double() / len(batch)
 
         # 3b. optimizer step
         for group in optimizer.param_groups:
@@ -332,9 +332,9 @@ def main(args: Args) -> dict:
 
         # 3c. log, save
         num_tokens += batch_tokens
-        metrics = {name: total.item() / len(batch) for name, total in totals.items()}
-        metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-                    "num_tokens": num_tokens, "epoch": (step + 1) / steps_per_epoch,
+        metrics = to_floats({**totals, "grad_norm": grad_norm})
+        metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": num_tokens,
+                    "epoch": (step + 1) / steps_per_epoch,
                     "tokens_per_second": batch_tokens / (time.time() - began)}
         run.log(step + 1, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")

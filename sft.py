@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import (
     Run, check_flags, check_model, complete, device_of, encode, fail, learning_rate, load_model, pad,
-    sequence_logprobs, shuffled, split_rows)
+    sequence_logprobs, shuffled, split_rows, to_floats)
 
 
 @dataclass
@@ -79,14 +79,13 @@ def collate(rows, device):
 @torch.no_grad()
 def evaluate(model, tokenizer, rows, eos_ids, args, autocast):
     """(metrics, samples): loss per held-out token, and a completion of the first held-out prompts."""
-    loss, hits, num_tokens = 0.0, 0, 0
+    loss, hits, num_tokens = 0.0, 0, sum(sum(trained) for _, trained in rows)
     for i in range(0, len(rows), args.micro_batch_size):
         input_ids, trained = collate(rows[i : i + args.micro_batch_size], model.device)
         with autocast():
             logprobs, hit = sequence_logprobs(model, input_ids, trained, hits=True)
-        loss += sft_loss(logprobs, trained, 1).item()
-        hits += hit.sum().item()
-        num_tokens += trained.sum().item()
+        loss += sft_loss(logprobs, trained, num_tokens).double()
+        hits += hit.sum().double()
     prompts = []
     for ids, trained in rows[: args.eval_samples]:
         end = len(ids) - trained[::-1].index(True)  # of the last answer
@@ -94,7 +93,8 @@ def evaluate(model, tokenizer, rows, eos_ids, args, autocast):
         prompts.append(ids[:answer])
     with autocast():
         metrics, samples = complete(model, tokenizer, prompts, eos_ids, args)
-    return {"eval/loss": loss / num_tokens, "eval/mean_token_accuracy": hits / num_tokens, **metrics}, samples
+    metrics = {"eval/loss": loss, "eval/mean_token_accuracy": hits / num_tokens, **metrics}
+    return to_floats(metrics), samples
 
 
 def main(args: Args) -> dict:
@@ -137,8 +137,8 @@ def main(args: Args) -> dict:
         began = time.time()
         epoch, position = divmod(step, steps_per_epoch)
         start = position * args.batch_size
-        order = shuffled(len(train), args.seed, epoch)
-        batch = [train[i] for i in order[start : start + args.batch_size]]
+        batch = [train[i] for i in shuffled(len(train), args.seed, epoch)[start : start + args.batch_size]]
+        batch.sort(key=lambda row: len(row[0]))  # less padding in micro-batches
         batch_tokens = sum(sum(trained) for _, trained in batch)  # of the step, before its micro-batches
 
         # 3a. gradient, micro-batch by micro-batch
@@ -151,21 +151,21 @@ def main(args: Args) -> dict:
             micro_loss = sft_loss(logprobs, trained, batch_tokens)
             micro_loss.backward()
             loss += micro_loss.detach()
-            hits += hit.sum()
+            hits += hit.sum().double()
 
         # 3b. optimizer step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, num_steps)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 3c. log, save
         num_tokens += batch_tokens
-        metrics = {"loss": loss.item(), "mean_token_accuracy": hits.item() / batch_tokens,
-                   "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-                   "num_tokens": num_tokens, "epoch": (step + 1) / steps_per_epoch,
-                   "tokens_per_second": batch_tokens / (time.time() - began)}
+        metrics = to_floats({"loss": loss, "mean_token_accuracy": hits / batch_tokens, "grad_norm": norm})
+        metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": num_tokens,
+                    "epoch": (step + 1) / steps_per_epoch,
+                    "tokens_per_second": batch_tokens / (time.time() - began)}
         run.log(step + 1, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
         run.checkpoint(step + 1, num_tokens=num_tokens)

@@ -101,6 +101,23 @@ def test_bf16_weights_cost_the_logprobs_no_precision(keep):
         assert (x.grad.double() - leaf.grad).norm() < 4e-3 * leaf.grad.norm()  # rounding of the result itself
 
 
+def test_gradient_of_fp32_weights_under_autocast_is_a_sum_in_fp32():
+    """Autocast multiplies by the weights in bf16. Their gradient is not rounded to bf16, for no micro-batch."""
+    tensors, targets, g, _ = problem()
+    rounded = [x.detach().bfloat16() for x in tensors[:2]] + [tensors[2]]
+    want, _, leaves = oracle(rounded, targets, True, 1.0, None, 1.0)
+    (want * g).sum().backward()
+    for rows in torch.arange(N).split(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            logp = token_logprobs(tensors[0][rows], tensors[1], targets[rows], tensors[2])
+        assert (logp - want[rows]).abs().max() < 1e-5
+        (logp * g[rows].float()).sum().backward()
+    for got, leaf in zip(tensors[1:], leaves[1:]):
+        assert (got.grad - leaf.grad).norm() < 1e-6 * leaf.grad.norm()
+    # the head's inputs are what autocast computes, in bf16, and so is their gradient
+    assert (tensors[0].grad - leaves[0].grad).norm() < 4e-3 * leaves[0].grad.norm()
+
+
 def test_a_large_vocabulary_stays_accurate():
     """50,257 classes with logits up to +-40, where a bf16 log-softmax is off by 0.03 and more."""
     generator = torch.Generator().manual_seed(1)
@@ -156,6 +173,15 @@ def test_inputs_are_left_alone_and_a_second_backward_is_refused():
     assert all(map(torch.equal, before, [*tensors, targets]))
     with pytest.raises(RuntimeError, match="second one needs keep=False"):
         logp.sum().backward()
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    """Rather than wrong: the backward pass works in place on what it kept."""
+    tensors, targets, *_ = problem()
+    logp = token_logprobs(*tensors[:2], targets, tensors[2])
+    [gradient] = torch.autograd.grad(logp.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("trained", [[0], [1], [0, 1]], ids=["hidden", "weight", "both"])

@@ -491,7 +491,7 @@ def test_prompts_over_the_length_are_dropped_and_counted(bpe_tokenizer, tmp_path
     kept = FILES[use](bpe_tokenizer, write(tmp_path / "rows.jsonl", rows), limit=24)
     printed = capsys.readouterr().out
     assert [part for part in kept if part] == want
-    num_sequences = {"rankings": 3, "reward_model": 2}.get(use, 1)  # of a row
+    num_sequences = {"rankings": 3, "reward_model": 2, "dpo": 2}.get(use, 1)  # of a row
     assert f"{num_long * num_sequences} dropped" in printed and "--max-length 24" in printed and "rows.jsonl" in printed
     assert f"of {10 * num_sequences} rows" in printed
     assert ("MORE THAN ONE IN TEN" in printed) == (num_long > 1)  # over a tenth of them
