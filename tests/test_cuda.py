@@ -51,6 +51,13 @@ def test_device_and_dtype(monkeypatch, available, device, dtype, want, bfloat16)
     assert found == torch.device(want) and asked == [(want, torch.bfloat16, bfloat16)]
 
 
+def test_attention_is_not_planned_anew_for_each_shape():
+    """cuDNN's kernels are, for a third of a second, and ragged micro-batches have a new shape each time."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    device_of(SimpleNamespace(device="cpu", dtype="auto"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 def operands(N=300, H=24, V=40):
     """hidden (N, H), weight (V, H), in bf16, of targets (N,), upstream gradients of log-probs and entropies (N,)."""
     generator = torch.Generator().manual_seed(0)
