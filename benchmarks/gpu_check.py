@@ -408,15 +408,13 @@ def rollouts(step):
     step.put("check_model", "passed")
     batch = ours(rows, temperature=0.0, bf16=False)
     tokens = batch["input_ids"][batch["mask"]].view(len(rows), -1)
-    same = tokens == generate(model, rows, bf16=False, do_sample=False)
+    same = tokens.cpu() == generate(model, rows, bf16=False, do_sample=False).cpu()
     step.put("greedy tokens in fp32 that are generate's", digits(same.float().mean().item()))
     for n in (4, 8) if step.tiny else (32, 256):
         rows = prompts(n)
         groups = [row for row in rows[: n // 8] for _ in range(8)] or rows
-        drawn = {"do_sample": True, "top_k": 0}
         runs = {"ours": partial(ours, rows), "ours, groups of 8": partial(ours, groups),
-                "generate, bf16 weights": partial(generate, half, rows, bf16=False, **drawn),
-                "generate, autocast": partial(generate, model, rows, **drawn)}
+                "generate": partial(generate, half, rows, bf16=False, do_sample=True, top_k=0)}
         for name, run in runs.items():
             step.peak()
             ms = step.ms(run, repeats=1, warm=1)
@@ -501,14 +499,14 @@ def training(step, name, num_steps, **flags):
 
 
 def sizes(step, batch_size):
-    """Rows in a file and flags for twelve steps of two micro-batches each."""
-    batch_size = batch_size // 8 if step.tiny else batch_size
-    flags = {"num_steps": 12, "batch_size": batch_size, "micro_batch_size": batch_size // 2}
-    return 12 * batch_size, flags
+    """Rows in a file and flags for eight steps of one micro-batch, of some 20,000 tokens, each."""
+    batch_size = batch_size // 16 if step.tiny else batch_size
+    flags = {"num_steps": 8, "batch_size": batch_size, "micro_batch_size": batch_size}
+    return 8 * batch_size, flags
 
 
 def train_sft(step):
-    n, flags = sizes(step, 64)
+    n, flags = sizes(step, 128)
     rows = []
     for prompt, completion in zip(lengths(step, n, 60), lengths(step, n, 150)):
         rows.append({"prompt": text(step, prompt), "completion": " " + text(step, completion)})
@@ -527,12 +525,12 @@ def pairs(step, n):
 
 
 def train_dpo(step):
-    n, flags = sizes(step, 32)
+    n, flags = sizes(step, 64)
     training(step, "dpo", **flags, **pairs(step, n), eval_samples=2, max_new_tokens=4, learning_rate=1e-6)
 
 
 def train_reward_model(step):
-    n, flags = sizes(step, 32)
+    n, flags = sizes(step, 64)
     training(step, "reward_model", **flags, **pairs(step, n), learning_rate=1e-6)
 
 
@@ -545,7 +543,7 @@ def rl(step, n):
     name = step.file.stem
     return {"dataset": write(step, name, rows), "eval_dataset": write(step, f"{name}_test", rows[:4]),
             "reward": (f"{file}:reward",), "batch_size": n, "num_minibatches": 1, "update_epochs": 1,
-            "total_episodes": 6 * n, "micro_batch_size": n // 4, "eval_samples": 4, "num_steps": 6,
+            "total_episodes": 6 * n, "micro_batch_size": n // 2, "eval_samples": 4, "num_steps": 6,
             "max_new_tokens": 6 if step.tiny else 128, "learning_rate": 1e-6}
 
 
