@@ -205,7 +205,8 @@ def forward(model, comparisons, args, autocast):
     share of votes that the rewards agree with: mu or 1 - mu, and 0.5 at margin 0, as for a coin."""
     input_ids, last, first, second, mu, owner = collate(comparisons, model.device)
     with autocast():
-        rewards = token_values(model, input_ids)[torch.arange(len(last)), last]  # (N,)
+        is_last = torch.arange(input_ids.shape[1], device=last.device) == last[:, None]  # (N, T)
+        rewards = token_values(model, input_ids, is_last)[is_last]  # (N,)
     rewards_of = rewards.split([len(completions) for completions, *_ in comparisons])  # B times (K,)
     num_pairs = owner.bincount()  # (B,)
     mean = lambda x: x.new_zeros(num_pairs.shape).index_add(0, owner, x) / num_pairs  # (M,) -> (B,)
