@@ -207,8 +207,8 @@ class Rows:
 
     @cached_property
     def parts(self):
-        """A few rows of like length at a time, as places in the long row (b, t); and where in what attention
-        gives for all these parts each token of the long row is: (N,)."""
+        """A few rows of like length at a time, as places in the long row (b, t); and where each token of the
+        long row is in what attention gives for all of them: (N,)."""
         rows = self.new.any(1).nonzero().squeeze(1)
         rows = rows[self.lengths[rows].argsort()]
         where, parts, size = torch.zeros_like(self.sorted), [], 0
@@ -232,7 +232,7 @@ class Rows:
     def attend(self, layer, query, key, value, scale, window):
         """Causal attention of each row to itself: query (1, heads, N, d) -> (1, N, heads, d)."""
         query, key, value = (x[0].transpose(0, 1) for x in _autocast(query, key, value))  # (N, heads, d)
-        window = window if window and window < self.new.shape[1] else 0
+        window = window if window < self.new.shape[1] else 0
         if query.is_cuda and query.element_size() == 2:
             from torch.nn.attention.varlen import varlen_attn
             grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -265,7 +265,7 @@ def use_rows(model):
         for name in ("dropout", "softcap", "s_aux", "position_bias"):
             if torch.is_tensor(options.get(name)) or options.get(name):
                 raise NotImplementedError(f"attention with {name}")
-        window = options.get("sliding_window")
+        window = options.get("sliding_window") or 0
         return rows.attend(module.layer_idx, query, key, value, scaling, window), None
     AttentionInterface.register("rows", attention)
     AttentionMaskInterface.register("rows", sdpa_mask)
@@ -377,18 +377,18 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
             "logprobs": pad(logprobs, model.device, 0.0)}
 
 class PaddedCache:
-    """transformers' own keys and values of B rows that are sampled, behind prompts that are padded on the left."""
+    """transformers' own keys and values of B rows that are sampled, behind prompts padded on the left."""
     def __init__(self, model, prompts, room):
         self.model, self.past = model, {}
         self.ids = pad([prompt[::-1] for prompt in prompts], model.device).flip(1)
         self.mask = pad([[1] * len(prompt) for prompt in prompts], model.device).flip(1)
 
     def start(self):
-        """Last hidden states of the prompts' last tokens: (B, H)."""
+        """The last hidden state of each prompt: (B, H)."""
         return self.forward(self.ids)
 
     def step(self, token):
-        """Those of one more token of each row, (B,)."""
+        """Those of one token more, (B,)."""
         self.mask = F.pad(self.mask, (0, 1), value=1)
         return self.forward(token[:, None])
 
@@ -399,41 +399,35 @@ class PaddedCache:
         self.past = {name: out[name] for name in out.keys() & {"cache", "past_key_values"}}  # new name, or old
         return out.last_hidden_state[:, -1]
 
-    def keep(self, alive):
-        """Let all other rows leave, if this cache can."""
+    def keep(self, rows):
+        """Only these rows stay, if the cache lets others leave. Returns whether it does."""
         [cache] = self.past.values()
         layers = getattr(cache, "layers", [None])
         if not all(hasattr(layer, "batch_select_indices") for layer in layers):
             return False
-        cache.batch_select_indices(alive)
-        self.mask = self.mask[alive]
+        cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
         return True
 
 class RowsCache(Rows):
-    """The same of a model that uses `Rows`, in memory taken once: each prompt passes the model once, and its
-    keys and values are copied to its rows, which all end at the same place."""
+    """The same for models that use `Rows`, in memory taken once: each prompt passes the model once, and its
+    keys and values are copied to its rows, which are padded on the left to end at the same place."""
     def __init__(self, model, prompts, room):
-        lengths = torch.tensor([len(prompt) for prompt in prompts])[:, None]
-        places = torch.arange(lengths.max())
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts])  # (B, 1)
+        self.length = int(lengths.max())
+        places = torch.arange(self.length)
         super().__init__(pad(prompts, "cpu"), places < lengths, model.device)
+        own = places - self.length + lengths  # (B, P): counted from where the row begins
+        self.source = self.place.gather(1, own.clamp(min=0).to(self.device))
+        self.seen = F.pad(own >= 0, (0, room))[:, None, None].to(self.device)  # (B, 1, 1, P + room)
+        self.position, self.end = lengths.to(self.device), torch.tensor([self.length], device=self.device)
         self.model, self.layers = model, {}
-        self.size = len(places) + room
-        own = places - (len(places) - lengths)  # (B, P): counted from where the row begins
-        self.start_at = self.place.gather(1, own.clamp(min=0).to(self.device))
-        self.seen = F.pad(own >= 0, (0, room))[:, None, None].to(self.device)  # (B, 1, 1, size)
-        self.position = lengths.to(self.device)
-        self.end = torch.tensor([len(places)], device=self.device)
-        self.span = 0  # places that attention sees, 0 while it is the prompts that are read
 
     def start(self):
-        hidden = self.forward(self.model, self.ids, self.positions)
-        self.length = int(self.end)
-        return hidden[0, self.start_at[:, -1]]
+        return self.forward(self.model, self.ids, self.positions)[0, self.source[:, -1]]
 
     def step(self, token):
         self.length += 1
-        step = SPAN[self.device.type]
-        self.span = min(-(-self.length // step) * step, self.size)
         self.seen.index_fill_(3, self.end, True)
         hidden = self.forward(self.model, token[:, None], self.position)
         self.position += 1
@@ -442,48 +436,51 @@ class RowsCache(Rows):
 
     def attend(self, layer, query, key, value, scale, window):
         query, key, value = _autocast(query, key, value)
-        if self.span == 0:
-            self.layers[layer] = memory = []
+        if layer not in self.layers:  # the prompts
+            self.layers[layer] = []
             for x in (key, value):
-                rows = take(x[0].transpose(0, 1), self.start_at).transpose(1, 2)  # (B, heads, P, d)
-                memory.append(x.new_zeros(*rows.shape[:2], self.size, rows.shape[3]))
-                memory[-1][:, :, : rows.shape[2]] = rows
+                rows = take(x[0].transpose(0, 1), self.source).transpose(1, 2)  # (B, heads, P, d)
+                memory = x.new_zeros(*rows.shape[:2], self.seen.shape[3], rows.shape[3])
+                memory[:, :, : self.length] = rows
+                self.layers[layer].append(memory)
             return super().attend(layer, query, key, value, scale, window)
-        seen = self.seen[..., : self.span]
-        if window:
-            seen = seen & (torch.arange(self.span, device=self.device) > self.end - window)
         for memory, x in zip(self.layers[layer], (key, value)):
             memory.index_copy_(2, self.end, x)
-        k, v = (memory[:, :, : self.span] for memory in self.layers[layer])
+        step = SPAN[self.device.type]
+        span = -(-self.length // step) * step
+        k, v = (memory[:, :, :span] for memory in self.layers[layer])
+        seen = self.seen[..., :span]
+        if window:
+            seen = seen & (torch.arange(k.shape[2], device=self.device) > self.end - window)
         query = query.reshape(len(query), k.shape[1], -1, k.shape[3])  # heads that share keys, as its queries
         output = F.scaled_dot_product_attention(query, k, v, seen, scale=scale)
         return output.reshape(len(query), 1, -1, v.shape[3])
 
-    def keep(self, alive):
-        for layer, memories in self.layers.items():
-            self.layers[layer] = [_front(memory, alive) for memory in memories]
-        self.seen, self.position = _front(self.seen, alive), _front(self.position, alive)
+    def keep(self, rows):
+        front = lambda x: x[: len(rows)].copy_(x[rows])  # in the same memory
+        for layer, pair in self.layers.items():
+            self.layers[layer] = [front(x) for x in pair]
+        self.seen, self.position = front(self.seen), front(self.position)
         return True
 
-def _front(x, rows):
-    """The rows of x where `rows` is True, moved to its front: no memory is taken."""
-    kept = x[rows]
-    x[: len(kept)] = kept
-    return x[: len(kept)]
-
 def draw(z, noise):
-    """Invert the cumulative distribution of softmax(z) at noise in [0, 1), in double precision: first that of
-    blocks of 64 tokens, then that within a block. z (B, V), noise (B,) -> tokens, log-probs: (B,) each."""
-    top = z.amax(1, keepdim=True)
-    p = F.pad((z - top).exp_(), (0, -z.shape[1] % 64)).unflatten(1, (-1, 64))  # (B, blocks, 64)
-    ends = p.sum(2, dtype=torch.float64).cumsum(1)  # (B, blocks)
+    """Invert the cumulative distribution of softmax(z) at noise in [0, 1): that of blocks of 64 tokens first,
+    then that within a block, in double precision. z (B, V), noise (B,) -> tokens, log-probs: (B,) each; z is used up."""
+    z = z.sub_(z.amax(1, keepdim=True)).exp_()
+    rest = -z.shape[1] % 64
+    p = F.pad(z, (0, rest)) if rest else z  # which would copy it anyway
+    p = p.unflatten(1, (-1, 64))  # (B, blocks, 64)
+    masses = p.sum(2).double()
+    ends = masses.cumsum(1)  # (B, blocks)
     total = ends[:, -1:]
     wanted = noise[:, None] * total
     block = torch.searchsorted(ends, wanted, right=True).clamp(max=ends.shape[1] - 1)  # (B, 1)
+    behind = (ends - masses).gather(1, block)
     inner = p[torch.arange(len(p), device=z.device), block[:, 0]].double().cumsum(1)  # (B, 64)
-    inner += ends.gather(1, block) - inner[:, -1:]
-    token = (64 * block + torch.searchsorted(inner, wanted, right=True)).clamp(max=z.shape[1] - 1)
-    logp = z.gather(1, token) - top - total.log().to(z.dtype)
+    share = (wanted - behind) / masses.gather(1, block)  # of the block's mass
+    place = torch.searchsorted(inner, share * inner[:, -1:], right=True)
+    token = (64 * block + place).clamp(max=z.shape[1] - 1)
+    logp = z.gather(1, token).log() - total.log().to(z.dtype)
     return token[:, 0], logp[:, 0]
 
 def _sample_together(model, prompts, noise, eos_ids, temperature):
@@ -508,15 +505,14 @@ def _sample_together(model, prompts, noise, eos_ids, temperature):
         tokens[rows, t], logprobs[rows, t] = token, logp
         lengths[rows] += alive
         alive &= ~torch.isin(token, stop)
-        if t + 1 == noise.shape[1]:
-            break
         if t % LOOK[device.type] == 0:
-            left = int(alive.sum())
-            if left == 0:
+            kept = alive.nonzero().squeeze(1)
+            if len(kept) == 0:
                 break
-            if left < 0.75 * len(rows) and cache.keep(alive):  # rows that have ended leave
-                rows, token, alive = rows[alive], token[alive], alive[alive]
-        hidden = cache.step(token)
+            if len(kept) < 0.75 * len(rows) and cache.keep(kept):  # rows that have ended leave
+                rows, token, alive = rows[kept], token[kept], alive[kept]
+        if t + 1 < noise.shape[1]:
+            hidden = cache.step(token)
     return tokens, logprobs, lengths
 
 def ended(batch, eos_ids):
