@@ -23,13 +23,14 @@ import traceback
 import warnings
 import zlib
 from dataclasses import asdict
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig)
@@ -39,8 +40,7 @@ TEXTS = "prompt completion chosen rejected messages text".split()  # columns tha
 MEDIA = "image images video videos audio audios".split()  # and cannot read
 WRITTEN_LIST = re.compile(r"\s*\[\s*{\s*.(role|from|content|value)\b")  # of messages, in a string
 KEEP_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # token_logprobs keeps up to so much for the backward pass
-PART = {"cpu": 1 << 10, "cuda": 1 << 16}  # tokens that see their attention together, padding among them
-SPAN = {"cpu": 16, "cuda": 128}  # the sampler's attention sees a multiple of so many places
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 LOOK = {"cpu": 1, "cuda": 16}  # steps of the sampler from one look at which rows have ended to the next
 
 # ==== I. Compute ======================================================================================
@@ -180,74 +180,62 @@ def take(x, index):
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 class Rows:
-    """A batch as one long row of its N needed tokens, and of all that stands before them: no padding. Rows that
-    begin alike share that beginning, in which a causal model's states are the same; `attend` lets each row see
-    itself alone. ids, positions: (1, N); place (B, T): where in the long row each of these tokens is."""
-    def __init__(self, input_ids, needed, device):
-        self.device = device
+    """A batch as one long row of its N needed tokens, and of all that stands before them: no padding. Rows
+    that begin alike share that beginning, in which a causal model's states are the same.
+    ids, positions: (1, N); place: (B, T), where in the long row the tokens of the batch are."""
+    def __init__(self, input_ids, needed):
+        device, T = input_ids.device, input_ids.shape[1]
         needed = needed.flip(1).cummax(1).values.flip(1)
         ids = input_ids.where(needed, -1).cpu()  # the one wait for a GPU: sizes depend on the tokens
-        order = ids.unique(dim=0, return_inverse=True)[1].argsort()  # rows that begin alike are neighbours
-        ids = ids[order]
+        order = ids.unique(dim=0, return_inverse=True)[1].argsort()
+        ids = ids[order]  # rows that begin alike are neighbours
         needed = ids >= 0
         same = torch.zeros_like(needed)  # as in the row above, up to here
         same[1:] = (ids[1:] == ids[:-1]).cumprod(1).bool() & needed[1:]
-        self.new, self.lengths = needed & ~same, needed.sum(1)
-        owner = torch.arange(len(ids))[:, None].where(self.new, 0).cummax(0).values  # the row it is new in
-        count = self.new.flatten().cumsum(0).view(ids.shape) - 1
-        self.sorted = count.gather(0, owner).clamp(min=0)  # (B, T)
-        self.place = self.sorted[order.argsort()].to(self.device)
-        self.ids = ids[self.new][None].to(self.device)
-        self.positions = self.new.nonzero()[:, 1][None].to(self.device)
+        new = needed & ~same
+        owner = torch.arange(len(ids))[:, None].where(new, 0).cummax(0).values  # the row it is new in
+        place = new.flatten().cumsum(0).view(new.shape) - 1
+        place = place.gather(0, owner).clamp(min=0)
+        self.place = place[order.argsort()].to(device)
+        self.ids = ids[new][None].to(device)
+        self.positions = new.nonzero()[:, 1][None].to(device)
+
+        place, needed, new = (x[new.any(1)] for x in (place, needed, new))  # the others are there already
+        queries, keys = new.sum(1), needed.sum(1)
+        if input_ids.is_cuda:  # for varlen_attn: row by row, queries are its new tokens, and keys are all
+            ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
+            self.sizes = *(x.to(device) for x in ends), int(queries.max()), int(keys.max())
+            self.keys = place[needed].to(device)
+        self.parts, where, size = [], torch.zeros_like(place), 0
+        for rows in keys.argsort().split(1 + 1024 // T):  # without it: a few rows of like length at a time
+            part = place[rows, : keys[rows].max()]  # (b, t)
+            where[rows, : part.shape[1]] = torch.arange(size, size + part.numel()).view(part.shape)
+            size += part.numel()
+            self.parts.append(part.to(device))
+        self.where = where[new].to(device)  # (N,): in the outputs of all parts
 
     def forward(self, model, ids, positions):
         """Last hidden states. With a mask of four dimensions transformers makes none of its own."""
-        return model.base_model(input_ids=ids, position_ids=positions, attention_mask=ids.new_ones(1, 1, 1, 1),
+        no_mask = ids.new_ones(1, 1, 1, 1)
+        return model.base_model(input_ids=ids, position_ids=positions, attention_mask=no_mask,
                                 use_cache=False, rows=self).last_hidden_state
-
-    @cached_property
-    def parts(self):
-        """A few rows of like length at a time, as places in the long row (b, t); and where each token of the
-        long row is in what attention gives for all of them: (N,)."""
-        rows = self.new.any(1).nonzero().squeeze(1)
-        rows = rows[self.lengths[rows].argsort()]
-        where, parts, size = torch.zeros_like(self.sorted), [], 0
-        for some in rows.split(1 + PART[self.device.type] // self.new.shape[1]):
-            part = self.sorted[some, : self.lengths[some].max()]
-            where[some, : part.shape[1]] = torch.arange(size, size + part.numel()).view(part.shape)
-            size += part.numel()
-            parts.append(part.to(self.device))
-        return parts, where[self.new].to(self.device)
-
-    @cached_property
-    def varlen(self):
-        """Row by row: the keys it sees, as places in the long row; then torch's way to say how many queries,
-        which are the row's new tokens, and how many keys it has."""
-        some = self.new.any(1)
-        seen = torch.arange(self.new.shape[1]) < self.lengths[some, None]
-        queries, keys = self.new[some].sum(1), self.lengths[some]
-        ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)).to(self.device) for n in (queries, keys)]
-        return self.sorted[some][seen].to(self.device), (*ends, int(queries.max()), int(keys.max()))
 
     def attend(self, layer, query, key, value, scale, window):
         """Causal attention of each row to itself: query (1, heads, N, d) -> (1, N, heads, d)."""
         query, key, value = (x[0].transpose(0, 1) for x in _autocast(query, key, value))  # (N, heads, d)
-        window = window if window < self.new.shape[1] else 0
         if query.is_cuda and query.element_size() == 2:
-            from torch.nn.attention.varlen import varlen_attn
-            grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-            keys, sizes = self.varlen
-            return varlen_attn(query, take(key, keys), take(value, keys), *sizes, scale=scale,
-                               window_size=(window - 1, 0), **grouped)[None]  # -1: all before it
+            keys, values = take(key, self.keys), take(value, self.keys)
+            return varlen_attn(query, keys, values, *self.sizes, scale=scale, window_size=(window - 1, 0),
+                               **GROUPED)[None]  # -1: all before it
         outputs = []
-        parts, where = self.parts
-        for part in parts:
+        for part in self.parts:
             q, k, v = (take(x, part).transpose(1, 2) for x in (query, key, value))  # (b, heads, t, d)
-            seen = part.new_ones(2 * part.shape[1:], dtype=torch.bool).tril().triu(1 - window) if window else None
+            t = part.shape[1]
+            seen = part.new_ones(t, t).tril().triu(1 - window).bool() if 0 < window < t else None
             output = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True)
             outputs.append(output.transpose(1, 2).flatten(0, 1))  # (b t, heads, d)
-        return take(torch.cat(outputs), where)[None]
+        return take(torch.cat(outputs), self.where)[None]
 
 def has_rows(model):
     """Whether this model's layers attend as `Rows` say, which `use_rows` lets them do."""
@@ -255,16 +243,16 @@ def has_rows(model):
 
 def use_rows(model):
     """Let the layers attend as `Rows` say where they are given some, and by torch's own function elsewhere.
-    Not all models are right then: compare, as `check_model` does. Without it their rows are padded."""
+    Some models are wrong then: compare, as `check_model` does. Without it their rows are padded."""
     from transformers import AttentionInterface, AttentionMaskInterface  # not above: this takes a second
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
     def attention(module, query, key, value, mask, scaling=None, rows=None, **options):
         if rows is None:
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
-        for name in ("dropout", "softcap", "s_aux", "position_bias"):
-            if torch.is_tensor(options.get(name)) or options.get(name):
-                raise NotImplementedError(f"attention with {name}")
+        unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+        if unknown or options.get("dropout"):
+            raise NotImplementedError(f"attention with dropout, or with {unknown}")
         window = options.get("sliding_window") or 0
         return rows.attend(module.layer_idx, query, key, value, scaling, window), None
     AttentionInterface.register("rows", attention)
@@ -274,11 +262,11 @@ def use_rows(model):
 
 def states(model, input_ids, needed):
     """Last hidden states of the tokens where `needed` (B, T) is True: (n, H)."""
-    if has_rows(model):
-        rows = Rows(input_ids, needed, input_ids.device)
-        index = rows.place[needed]  # before the model is called, so that a GPU has no reason to wait
-        return take(rows.forward(model, rows.ids, rows.positions)[0], index)
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[needed]
+    if not has_rows(model):
+        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[needed]
+    rows = Rows(input_ids, needed)
+    index = rows.place[needed]  # before the model is called, so that a GPU has no reason to wait
+    return take(rows.forward(model, rows.ids, rows.positions)[0], index)
 
 def sequence_logprobs(model, input_ids, mask, **options):
     """log pi(y_t | y_<t) where `mask` is True and 0 elsewhere: (B, T) -> (B, T), or a tuple with what
@@ -383,24 +371,18 @@ class PaddedCache:
         self.ids = pad([prompt[::-1] for prompt in prompts], model.device).flip(1)
         self.mask = pad([[1] * len(prompt) for prompt in prompts], model.device).flip(1)
 
-    def start(self):
-        """The last hidden state of each prompt: (B, H)."""
-        return self.forward(self.ids)
-
-    def step(self, token):
-        """Those of one token more, (B,)."""
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        return self.forward(token[:, None])
-
-    def forward(self, ids):
-        position = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    def step(self, token=None):
+        """Last hidden states (B, H): of the prompts, then of one more token (B,) each time."""
+        if token is not None:
+            self.ids, self.mask = token[:, None], F.pad(self.mask, (0, 1), value=1)
+        position = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
         out = self.model.base_model(
-            input_ids=ids, attention_mask=self.mask, position_ids=position, use_cache=True, **self.past)
+            input_ids=self.ids, attention_mask=self.mask, position_ids=position, use_cache=True, **self.past)
         self.past = {name: out[name] for name in out.keys() & {"cache", "past_key_values"}}  # new name, or old
         return out.last_hidden_state[:, -1]
 
     def keep(self, rows):
-        """Only these rows stay, if the cache lets others leave. Returns whether it does."""
+        """Let all other rows leave. Returns whether the cache can do that."""
         [cache] = self.past.values()
         layers = getattr(cache, "layers", [None])
         if not all(hasattr(layer, "batch_select_indices") for layer in layers):
@@ -413,25 +395,22 @@ class RowsCache(Rows):
     """The same for models that use `Rows`, in memory taken once: each prompt passes the model once, and its
     keys and values are copied to its rows, which are padded on the left to end at the same place."""
     def __init__(self, model, prompts, room):
-        lengths = torch.tensor([[len(prompt)] for prompt in prompts])  # (B, 1)
-        self.length = int(lengths.max())
-        places = torch.arange(self.length)
-        super().__init__(pad(prompts, "cpu"), places < lengths, model.device)
-        own = places - self.length + lengths  # (B, P): counted from where the row begins
-        self.source = self.place.gather(1, own.clamp(min=0).to(self.device))
-        self.seen = F.pad(own >= 0, (0, room))[:, None, None].to(self.device)  # (B, 1, 1, P + room)
-        self.position, self.end = lengths.to(self.device), torch.tensor([self.length], device=self.device)
-        self.model, self.layers = model, {}
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)  # (B, 1)
+        ids = pad(prompts, model.device)  # (B, P)
+        self.end = ids.shape[1]
+        places = torch.arange(self.end, device=model.device)
+        super().__init__(ids, places < lengths)
+        own = places - self.end + lengths  # (B, P): counted from where the row begins
+        self.source = self.place.gather(1, own.clamp(min=0))
+        self.seen = F.pad(own >= 0, (0, room), value=True)[:, None, None]  # (B, 1, 1, P + room)
+        self.model, self.layers, self.next = model, {}, lengths
 
-    def start(self):
-        return self.forward(self.model, self.ids, self.positions)[0, self.source[:, -1]]
-
-    def step(self, token):
-        self.length += 1
-        self.seen.index_fill_(3, self.end, True)
-        hidden = self.forward(self.model, token[:, None], self.position)
-        self.position += 1
+    def step(self, token=None):
+        if token is None:
+            return self.forward(self.model, self.ids, self.positions)[0, self.source[:, -1]]
         self.end += 1
+        hidden = self.forward(self.model, token[:, None], self.next)
+        self.next = self.next + 1
         return hidden[:, 0]
 
     def attend(self, layer, query, key, value, scale, window):
@@ -441,47 +420,45 @@ class RowsCache(Rows):
             for x in (key, value):
                 rows = take(x[0].transpose(0, 1), self.source).transpose(1, 2)  # (B, heads, P, d)
                 memory = x.new_zeros(*rows.shape[:2], self.seen.shape[3], rows.shape[3])
-                memory[:, :, : self.length] = rows
+                memory[:, :, : self.end] = rows
                 self.layers[layer].append(memory)
             return super().attend(layer, query, key, value, scale, window)
+        first = max(self.end - window, 0) if window else 0
         for memory, x in zip(self.layers[layer], (key, value)):
-            memory.index_copy_(2, self.end, x)
-        step = SPAN[self.device.type]
-        span = -(-self.length // step) * step
-        k, v = (memory[:, :, :span] for memory in self.layers[layer])
-        seen = self.seen[..., :span]
-        if window:
-            seen = seen & (torch.arange(k.shape[2], device=self.device) > self.end - window)
+            memory[:, :, self.end - 1] = x[:, :, 0]
+        k, v = (memory[:, :, first : self.end] for memory in self.layers[layer])
         query = query.reshape(len(query), k.shape[1], -1, k.shape[3])  # heads that share keys, as its queries
-        output = F.scaled_dot_product_attention(query, k, v, seen, scale=scale)
+        output = F.scaled_dot_product_attention(query, k, v, self.seen[..., first : self.end], scale=scale)
         return output.reshape(len(query), 1, -1, v.shape[3])
 
     def keep(self, rows):
         front = lambda x: x[: len(rows)].copy_(x[rows])  # in the same memory
         for layer, pair in self.layers.items():
             self.layers[layer] = [front(x) for x in pair]
-        self.seen, self.position = front(self.seen), front(self.position)
+        self.seen, self.next = front(self.seen), front(self.next)
         return True
 
+def invert(p, noise):
+    """The first of K places whose cumulative share of p (B, K) is over noise (B, 1) in [0, 1), and how much of
+    its own share noise has passed by then: (B, 1) each."""
+    ends = p.double().cumsum(1)
+    wanted = noise * ends[:, -1:]
+    first = torch.searchsorted(ends, wanted, right=True).clamp(max=p.shape[1] - 1)
+    return first, 1 - (ends.gather(1, first) - wanted) / p.gather(1, first)
+
 def draw(z, noise):
-    """Invert the cumulative distribution of softmax(z) at noise in [0, 1): that of blocks of 64 tokens first,
-    then that within a block, in double precision. z (B, V), noise (B,) -> tokens, log-probs: (B,) each; z is used up."""
-    z = z.sub_(z.amax(1, keepdim=True)).exp_()
-    rest = -z.shape[1] % 64
-    p = F.pad(z, (0, rest)) if rest else z  # which would copy it anyway
-    p = p.unflatten(1, (-1, 64))  # (B, blocks, 64)
-    masses = p.sum(2).double()
-    ends = masses.cumsum(1)  # (B, blocks)
-    total = ends[:, -1:]
-    wanted = noise[:, None] * total
-    block = torch.searchsorted(ends, wanted, right=True).clamp(max=ends.shape[1] - 1)  # (B, 1)
-    behind = (ends - masses).gather(1, block)
-    inner = p[torch.arange(len(p), device=z.device), block[:, 0]].double().cumsum(1)  # (B, 64)
-    share = (wanted - behind) / masses.gather(1, block)  # of the block's mass
-    place = torch.searchsorted(inner, share * inner[:, -1:], right=True)
-    token = (64 * block + place).clamp(max=z.shape[1] - 1)
-    logp = z.gather(1, token).log() - total.log().to(z.dtype)
-    return token[:, 0], logp[:, 0]
+    """Tokens of softmax(z) and their log-probs, (B,) each, by noise (B,): one of the blocks of 64 tokens, then
+    one of these 64. z (B, V) is used up."""
+    p = z.sub_(z.amax(1, keepdim=True)).exp_()
+    rest = -p.shape[1] % 64
+    blocks = F.pad(p, (0, rest)) if rest else p
+    blocks = blocks.unflatten(1, (-1, 64))
+    masses = blocks.sum(2)  # (B, V / 64)
+    block, noise = invert(masses, noise[:, None])
+    place, _ = invert(blocks[torch.arange(len(p), device=p.device), block[:, 0]], noise)
+    token = (64 * block + place).clamp(max=p.shape[1] - 1)
+    share = p.gather(1, token) / masses.sum(1, keepdim=True)
+    return token[:, 0], share.log()[:, 0]
 
 def _sample_together(model, prompts, noise, eos_ids, temperature):
     """tokens (B, R), log-probs (B, R), lengths (B,) of B rows at once."""
@@ -492,9 +469,9 @@ def _sample_together(model, prompts, noise, eos_ids, temperature):
     rows = torch.arange(len(prompts), device=device)  # those that are still in the batch
     alive = rows >= 0  # which of them have no EOS yet
     cache = (RowsCache if has_rows(model) else PaddedCache)(model, prompts, noise.shape[1])
-    hidden = cache.start()
+    token = None
     for t in range(noise.shape[1]):
-        hidden, head["weight"] = _autocast(hidden, head["weight"])
+        hidden, head["weight"] = _autocast(cache.step(token), head["weight"])
         with torch.autocast(device.type, enabled=False):  # fp32 logits, as in scoring
             z = _logits(hidden, **head, temperature=temperature or 1.0)  # (rows, V)
         if temperature == 0:
@@ -511,8 +488,6 @@ def _sample_together(model, prompts, noise, eos_ids, temperature):
                 break
             if len(kept) < 0.75 * len(rows) and cache.keep(kept):  # rows that have ended leave
                 rows, token, alive = rows[kept], token[kept], alive[kept]
-        if t + 1 < noise.shape[1]:
-            hidden = cache.step(token)
     return tokens, logprobs, lengths
 
 def ended(batch, eos_ids):
