@@ -190,9 +190,8 @@ class Rows:
         order = ids.unique(dim=0, return_inverse=True)[1].argsort()
         ids = ids[order]  # rows that begin alike are neighbours
         needed = ids >= 0
-        same = torch.zeros_like(needed)  # as in the row above, up to here
-        same[1:] = (ids[1:] == ids[:-1]).cumprod(1).bool() & needed[1:]
-        new = needed & ~same
+        same = F.pad(ids[1:] == ids[:-1], (0, 0, 1, 0)).cumprod(1)  # as in the row above, up to here
+        new = needed & (same == 0)
         owner = torch.arange(len(ids))[:, None].where(new, 0).cummax(0).values  # the row it is new in
         place = new.flatten().cumsum(0).view(new.shape) - 1
         place = place.gather(0, owner).clamp(min=0)
@@ -272,8 +271,7 @@ def sequence_logprobs(model, input_ids, mask, **options):
     """log pi(y_t | y_<t) where `mask` is True and 0 elsewhere: (B, T) -> (B, T), or a tuple with what
     `options` of `token_logprobs` ask for. Rows are padded on the right; nothing predicts a first token."""
     source = mask.roll(-1, dims=1)  # position t - 1 predicts token t
-    targets = input_ids[mask]
-    hidden = states(model, input_ids, source)
+    targets, hidden = input_ids[mask], states(model, input_ids, source)
     result = token_logprobs(hidden, targets=targets, **head_of(model), **options)
     spread = lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x)  # (N,) -> (B, T)
     return tuple(map(spread, result)) if isinstance(result, tuple) else spread(result)
@@ -345,25 +343,6 @@ def per_token(function, batch, size):
     return result
 
 # ---- Sampling ----
-@torch.no_grad()
-def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256):
-    """A response to each prompt, a list of ids, from softmax(z / temperature), at 0 the likeliest tokens. The
-    noise is a function of (seed, row). Returns a batch of (B, T): input_ids, mask of responses, logprobs."""
-    training, generator = model.training, torch.Generator().manual_seed(seed)
-    noise = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
-    model.eval()  # activation checkpointing, which is for training mode, would leave the cache empty
-    input_ids, mask, logprobs = [], [], []
-    for first in range(0, len(prompts), batch_size):
-        part = slice(first, first + batch_size)
-        drawn = _sample_together(model, prompts[part], noise[part].to(model.device), eos_ids, temperature)
-        for prompt, tokens, logp, length in zip(prompts[part], *(x.tolist() for x in drawn)):
-            input_ids.append(prompt + tokens[:length])
-            mask.append([False] * len(prompt) + [True] * length)
-            logprobs.append([0.0] * len(prompt) + logp[:length])
-    model.train(training)
-    return {"input_ids": pad(input_ids, model.device), "mask": pad(mask, model.device, False),
-            "logprobs": pad(logprobs, model.device, 0.0)}
-
 class PaddedCache:
     """transformers' own keys and values of B rows that are sampled, behind prompts padded on the left."""
     def __init__(self, model, prompts, room):
@@ -403,25 +382,22 @@ class RowsCache(Rows):
         own = places - self.end + lengths  # (B, P): counted from where the row begins
         self.source = self.place.gather(1, own.clamp(min=0))
         self.seen = F.pad(own >= 0, (0, room), value=True)[:, None, None]  # (B, 1, 1, P + room)
-        self.model, self.layers, self.next = model, {}, lengths
+        self.model, self.room, self.layers, self.next = model, room, {}, lengths - 1
 
     def step(self, token=None):
         if token is None:
             return self.forward(self.model, self.ids, self.positions)[0, self.source[:, -1]]
         self.end += 1
-        hidden = self.forward(self.model, token[:, None], self.next)
         self.next = self.next + 1
-        return hidden[:, 0]
+        return self.forward(self.model, token[:, None], self.next)[:, 0]
 
     def attend(self, layer, query, key, value, scale, window):
         query, key, value = _autocast(query, key, value)
         if layer not in self.layers:  # the prompts
             self.layers[layer] = []
             for x in (key, value):
-                rows = take(x[0].transpose(0, 1), self.source).transpose(1, 2)  # (B, heads, P, d)
-                memory = x.new_zeros(*rows.shape[:2], self.seen.shape[3], rows.shape[3])
-                memory[:, :, : self.end] = rows
-                self.layers[layer].append(memory)
+                x = take(x[0].transpose(0, 1), self.source).transpose(1, 2)  # (B, heads, P, d)
+                self.layers[layer].append(F.pad(x, (0, 0, 0, self.room)))
             return super().attend(layer, query, key, value, scale, window)
         first = max(self.end - window, 0) if window else 0
         for memory, x in zip(self.layers[layer], (key, value)):
@@ -432,10 +408,9 @@ class RowsCache(Rows):
         return output.reshape(len(query), 1, -1, v.shape[3])
 
     def keep(self, rows):
-        front = lambda x: x[: len(rows)].copy_(x[rows])  # in the same memory
-        for layer, pair in self.layers.items():
-            self.layers[layer] = [front(x) for x in pair]
-        self.seen, self.next = front(self.seen), front(self.next)
+        for pair in self.layers.values():
+            pair[:] = [x[: len(rows)].copy_(x[rows]) for x in pair]  # in the same memory
+        self.seen, self.next = self.seen[rows], self.next[rows]
         return True
 
 def invert(p, noise):
@@ -460,35 +435,49 @@ def draw(z, noise):
     share = p.gather(1, token) / masses.sum(1, keepdim=True)
     return token[:, 0], share.log()[:, 0]
 
-def _sample_together(model, prompts, noise, eos_ids, temperature):
-    """tokens (B, R), log-probs (B, R), lengths (B,) of B rows at once."""
-    device, head = model.device, head_of(model)
+@torch.no_grad()
+def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256):
+    """A response to each prompt, a list of ids, from softmax(z / temperature), at 0 the likeliest tokens. The
+    noise is a function of (seed, row). Returns a batch of (B, T): input_ids, mask of responses, logprobs."""
+    device, training, head = model.device, model.training, head_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64).to(device)
     tokens = torch.zeros_like(noise, dtype=torch.long)
     logprobs = torch.zeros(noise.shape, device=device)
     lengths, stop = tokens.new_zeros(len(prompts)), tokens.new_tensor(eos_ids)
-    rows = torch.arange(len(prompts), device=device)  # those that are still in the batch
-    alive = rows >= 0  # which of them have no EOS yet
-    cache = (RowsCache if has_rows(model) else PaddedCache)(model, prompts, noise.shape[1])
-    token = None
-    for t in range(noise.shape[1]):
-        hidden, head["weight"] = _autocast(cache.step(token), head["weight"])
-        with torch.autocast(device.type, enabled=False):  # fp32 logits, as in scoring
-            z = _logits(hidden, **head, temperature=temperature or 1.0)  # (rows, V)
-        if temperature == 0:
-            token = z.argmax(-1)
-            logp = z.gather(1, token[:, None]).squeeze(1) - z.logsumexp(1)
-        else:
-            token, logp = draw(z, noise[rows, t])
-        tokens[rows, t], logprobs[rows, t] = token, logp
-        lengths[rows] += alive
-        alive &= ~torch.isin(token, stop)
-        if t % LOOK[device.type] == 0:
-            kept = alive.nonzero().squeeze(1)
-            if len(kept) == 0:
-                break
-            if len(kept) < 0.75 * len(rows) and cache.keep(kept):  # rows that have ended leave
-                rows, token, alive = rows[kept], token[kept], alive[kept]
-    return tokens, logprobs, lengths
+    kind = RowsCache if has_rows(model) else PaddedCache
+    model.eval()  # activation checkpointing, which is for training mode, would leave the cache empty
+    for rows in torch.arange(len(prompts), device=device).split(batch_size):  # those still in the batch
+        cache = kind(model, [prompts[row] for row in rows.tolist()], max_new_tokens)
+        alive = rows >= 0  # which of them have no EOS yet
+        token = None
+        for t in range(max_new_tokens):
+            hidden, head["weight"] = _autocast(cache.step(token), head["weight"])
+            with torch.autocast(device.type, enabled=False):  # fp32 logits, as in scoring
+                z = _logits(hidden, **head, temperature=temperature or 1.0)  # (rows, V)
+            if temperature == 0:
+                token = z.argmax(-1)
+                logp = z.gather(1, token[:, None]).squeeze(1) - z.logsumexp(1)
+            else:
+                token, logp = draw(z, noise[rows, t])
+            tokens[rows, t] = token
+            logprobs[rows, t] = logp
+            lengths[rows] += alive
+            alive &= ~torch.isin(token, stop)
+            if t % LOOK[device.type] == 0:
+                left = alive.nonzero().squeeze(1)
+                if len(left) == 0:
+                    break
+                if len(left) < 0.75 * len(rows) and cache.keep(left):  # those that have ended leave
+                    rows, token, alive = rows[left], token[left], alive[left]
+    model.train(training)
+    input_ids, mask, scores = [], [], []
+    for prompt, row, logp, length in zip(prompts, *(x.tolist() for x in (tokens, logprobs, lengths))):
+        input_ids.append(prompt + row[:length])
+        mask.append([False] * len(prompt) + [True] * length)
+        scores.append([0.0] * len(prompt) + logp[:length])
+    return {"input_ids": pad(input_ids, device), "mask": pad(mask, device, False),
+            "logprobs": pad(scores, device, 0.0)}
 
 def ended(batch, eos_ids):
     """Which responses of a batch end with an EOS: (B,)."""
