@@ -184,34 +184,38 @@ class Rows:
     that begin alike share that beginning, in which a causal model's states are the same.
     ids, positions: (1, N); place: (B, T), where in the long row the tokens of the batch are."""
     def __init__(self, input_ids, needed):
-        device, T = input_ids.device, input_ids.shape[1]
         needed = needed.flip(1).cummax(1).values.flip(1)
-        ids = input_ids.where(needed, -1).cpu()  # the one wait for a GPU: sizes depend on the tokens
+        ids = input_ids.where(needed, -1)
         order = ids.unique(dim=0, return_inverse=True)[1].argsort()
         ids = ids[order]  # rows that begin alike are neighbours
         needed = ids >= 0
         same = F.pad(ids[1:] == ids[:-1], (0, 0, 1, 0)).cumprod(1)  # as in the row above, up to here
         new = needed & (same == 0)
-        owner = torch.arange(len(ids))[:, None].where(new, 0).cummax(0).values  # the row it is new in
-        place = new.flatten().cumsum(0).view(new.shape) - 1
-        place = place.gather(0, owner).clamp(min=0)
-        self.place = place[order.argsort()].to(device)
-        self.ids = ids[new][None].to(device)
-        self.positions = new.nonzero()[:, 1][None].to(device)
+        row = torch.arange(len(ids), device=ids.device)
+        owner = row[:, None].where(new, 0).cummax(0).values  # the row in which a shared token is new
+        count = new.flatten().cumsum(0) - 1
+        place = count.view(new.shape).gather(0, owner).clamp(min=0)
+        self.place = place[order.argsort()]
+        self.ids = ids[new][None]
+        self.positions = new.nonzero()[:, 1][None]
 
-        place, needed, new = (x[new.any(1)] for x in (place, needed, new))  # the others are there already
+        some = new.any(1)  # the other rows are in there already
+        place, needed, new = place[some], needed[some], new[some]
         queries, keys = new.sum(1), needed.sum(1)
-        if input_ids.is_cuda:  # for varlen_attn: row by row, queries are its new tokens, and keys are all
-            ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
-            self.sizes = *(x.to(device) for x in ends), int(queries.max()), int(keys.max())
-            self.keys = place[needed].to(device)
+        # for varlen_attn: row by row, queries are its new tokens, keys are all its tokens
+        ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
+        self.sizes = *ends, int(queries.max()), int(keys.max())
+        self.keys = place[needed]
+        # without it: parts (b, t) of a few rows of like length
         self.parts, where, size = [], torch.zeros_like(place), 0
-        for rows in keys.argsort().split(1 + 1024 // T):  # without it: a few rows of like length at a time
-            part = place[rows, : keys[rows].max()]  # (b, t)
-            where[rows, : part.shape[1]] = torch.arange(size, size + part.numel()).view(part.shape)
+        tokens = 1 << 16 if ids.is_cuda else 1 << 10
+        for rows in keys.argsort().split(1 + tokens // ids.shape[1]):
+            part = place[rows, : keys[rows].max()]
+            index = torch.arange(size, size + part.numel(), device=ids.device)
+            where[rows, : part.shape[1]] = index.view(part.shape)
+            self.parts.append(part)
             size += part.numel()
-            self.parts.append(part.to(device))
-        self.where = where[new].to(device)  # (N,): in the outputs of all parts
+        self.where = where[new]  # (N,): the tokens' places in the outputs of all parts
 
     def forward(self, model, ids, positions):
         """Last hidden states. With a mask of four dimensions transformers makes none of its own."""
@@ -221,16 +225,20 @@ class Rows:
 
     def attend(self, layer, query, key, value, scale, window):
         """Causal attention of each row to itself: query (1, heads, N, d) -> (1, N, heads, d)."""
-        query, key, value = (x[0].transpose(0, 1) for x in _autocast(query, key, value))  # (N, heads, d)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
         if query.is_cuda and query.element_size() == 2:
             keys, values = take(key, self.keys), take(value, self.keys)
-            return varlen_attn(query, keys, values, *self.sizes, scale=scale, window_size=(window - 1, 0),
-                               **GROUPED)[None]  # -1: all before it
+            before = window - 1  # as many are seen, and with -1 all
+            output = varlen_attn(
+                query, keys, values, *self.sizes, scale=scale, window_size=(before, 0), **GROUPED)
+            return output[None]
         outputs = []
         for part in self.parts:
             q, k, v = (take(x, part).transpose(1, 2) for x in (query, key, value))  # (b, heads, t, d)
             t = part.shape[1]
-            seen = part.new_ones(t, t).tril().triu(1 - window).bool() if 0 < window < t else None
+            seen = None
+            if 0 < window < t:
+                seen = part.new_ones(t, t).tril().triu(1 - window).bool()
             output = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True)
             outputs.append(output.transpose(1, 2).flatten(0, 1))  # (b t, heads, d)
@@ -253,6 +261,7 @@ def use_rows(model):
         if unknown or options.get("dropout"):
             raise NotImplementedError(f"attention with dropout, or with {unknown}")
         window = options.get("sliding_window") or 0
+        query, key, value = _autocast(query, key, value)  # some rotary embeddings are fp32
         return rows.attend(module.layer_idx, query, key, value, scaling, window), None
     AttentionInterface.register("rows", attention)
     AttentionMaskInterface.register("rows", sdpa_mask)
@@ -372,45 +381,44 @@ class PaddedCache:
 
 class RowsCache(Rows):
     """The same for models that use `Rows`, in memory taken once: each prompt passes the model once, and its
-    keys and values are copied to its rows, which are padded on the left to end at the same place."""
+    keys and values are copied to its rows."""
     def __init__(self, model, prompts, room):
-        lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)  # (B, 1)
+        self.model, self.room, self.layers = model, room, {}
         ids = pad(prompts, model.device)  # (B, P)
-        self.end = ids.shape[1]
-        places = torch.arange(self.end, device=model.device)
-        super().__init__(ids, places < lengths)
-        own = places - self.end + lengths  # (B, P): counted from where the row begins
-        self.source = self.place.gather(1, own.clamp(min=0))
-        self.seen = F.pad(own >= 0, (0, room), value=True)[:, None, None]  # (B, 1, 1, P + room)
-        self.model, self.room, self.layers, self.next = model, room, {}, lengths - 1
+        self.last = pad([[len(prompt) - 1] for prompt in prompts], model.device)  # (B, 1)
+        self.places = torch.arange(ids.shape[1], device=model.device)
+        super().__init__(ids, self.places <= self.last)
 
     def step(self, token=None):
         if token is None:
-            return self.forward(self.model, self.ids, self.positions)[0, self.source[:, -1]]
-        self.end += 1
-        self.next = self.next + 1
-        return self.forward(self.model, token[:, None], self.next)[:, 0]
+            hidden = self.forward(self.model, self.ids, self.positions)[0]
+            return hidden[self.place.gather(1, self.last)[:, 0]]
+        self.last = self.last + 1
+        self.places = torch.arange(len(self.places) + 1, device=token.device)
+        self.seen = (self.places <= self.last)[:, None, None]  # (B, 1, 1, places)
+        return self.forward(self.model, token[:, None], self.last)[:, 0]
 
     def attend(self, layer, query, key, value, scale, window):
-        query, key, value = _autocast(query, key, value)
         if layer not in self.layers:  # the prompts
             self.layers[layer] = []
             for x in (key, value):
-                x = take(x[0].transpose(0, 1), self.source).transpose(1, 2)  # (B, heads, P, d)
+                x = take(x[0].transpose(0, 1), self.place).transpose(1, 2)  # (B, heads, P, d)
                 self.layers[layer].append(F.pad(x, (0, 0, 0, self.room)))
             return super().attend(layer, query, key, value, scale, window)
-        first = max(self.end - window, 0) if window else 0
+        seen, last = self.seen, self.last[:, None, None]
+        if window:
+            seen = seen & (self.places > last - window)
         for memory, x in zip(self.layers[layer], (key, value)):
-            memory[:, :, self.end - 1] = x[:, :, 0]
-        k, v = (memory[:, :, first : self.end] for memory in self.layers[layer])
+            memory.scatter_(2, last.expand(x.shape), x)
+        k, v = (memory[:, :, : len(self.places)] for memory in self.layers[layer])
         query = query.reshape(len(query), k.shape[1], -1, k.shape[3])  # heads that share keys, as its queries
-        output = F.scaled_dot_product_attention(query, k, v, self.seen[..., first : self.end], scale=scale)
+        output = F.scaled_dot_product_attention(query, k, v, seen, scale=scale)
         return output.reshape(len(query), 1, -1, v.shape[3])
 
     def keep(self, rows):
         for pair in self.layers.values():
             pair[:] = [x[: len(rows)].copy_(x[rows]) for x in pair]  # in the same memory
-        self.seen, self.next = self.seen[rows], self.next[rows]
+        self.last = self.last[rows]
         return True
 
 def invert(p, noise):
