@@ -202,14 +202,11 @@ class Rows:
         some = new.any(1)  # the other rows are in there already
         place, needed, new = place[some], needed[some], new[some]
         queries, keys = new.sum(1), needed.sum(1)
-        # for varlen_attn: row by row, queries are its new tokens, keys are all its tokens
         ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
         self.sizes = *ends, int(queries.max()), int(keys.max())
-        self.keys = place[needed]
-        # without it: parts (b, t) of a few rows of like length
+        self.keys = place[needed]  # for varlen_attn: row by row
         self.parts, where, size = [], torch.zeros_like(place), 0
-        tokens = 1 << 16 if ids.is_cuda else 1 << 10
-        for rows in keys.argsort().split(1 + tokens // ids.shape[1]):
+        for rows in keys.argsort().split(1 + 1024 // ids.shape[1]):  # else for a few rows of like length
             part = place[rows, : keys[rows].max()]
             index = torch.arange(size, size + part.numel(), device=ids.device)
             where[rows, : part.shape[1]] = index.view(part.shape)
@@ -240,7 +237,7 @@ class Rows:
             if 0 < window < t:
                 seen = part.new_ones(t, t).tril().triu(1 - window).bool()
             output = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True)
+                q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=True)
             outputs.append(output.transpose(1, 2).flatten(0, 1))  # (b t, heads, d)
         return take(torch.cat(outputs), self.where)[None]
 
@@ -252,19 +249,18 @@ def use_rows(model):
     """Let the layers attend as `Rows` say where they are given some, and by torch's own function elsewhere.
     Some models are wrong then: compare, as `check_model` does. Without it their rows are padded."""
     from transformers import AttentionInterface, AttentionMaskInterface  # not above: this takes a second
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-    def attention(module, query, key, value, mask, scaling=None, rows=None, **options):
+    sdpa = AttentionInterface()["sdpa"]
+    def attention(module, query, key, value, mask, rows=None, **options):
         if rows is None:
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+            return sdpa(module, query, key, value, mask, **options)
         unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-        if unknown or options.get("dropout"):
-            raise NotImplementedError(f"attention with dropout, or with {unknown}")
-        window = options.get("sliding_window") or 0
+        if unknown or options["dropout"]:
+            raise NotImplementedError(f"attention with dropout or {unknown}")
         query, key, value = _autocast(query, key, value)  # some rotary embeddings are fp32
-        return rows.attend(module.layer_idx, query, key, value, scaling, window), None
+        window = options.get("sliding_window") or 0
+        return rows.attend(module.layer_idx, query, key, value, options["scaling"], window), None
     AttentionInterface.register("rows", attention)
-    AttentionMaskInterface.register("rows", sdpa_mask)
+    AttentionMaskInterface.register("rows", AttentionMaskInterface()["sdpa"])
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("rows")
 
@@ -421,27 +417,22 @@ class RowsCache(Rows):
         self.last = self.last[rows]
         return True
 
-def invert(p, noise):
-    """The first of K places whose cumulative share of p (B, K) is over noise (B, 1) in [0, 1), and how much of
-    its own share noise has passed by then: (B, 1) each."""
-    ends = p.double().cumsum(1)
-    wanted = noise * ends[:, -1:]
-    first = torch.searchsorted(ends, wanted, right=True).clamp(max=p.shape[1] - 1)
-    return first, 1 - (ends.gather(1, first) - wanted) / p.gather(1, first)
-
 def draw(z, noise):
-    """Tokens of softmax(z) and their log-probs, (B,) each, by noise (B,): one of the blocks of 64 tokens, then
-    one of these 64. z (B, V) is used up."""
+    """Tokens of softmax(z) and their log-probs, (B,) each, where the cumulative distribution is over noise (B,):
+    first that of blocks of 64 tokens, then that in a block, summed in fp64. z (B, V) is used up."""
     p = z.sub_(z.amax(1, keepdim=True)).exp_()
-    rest = -p.shape[1] % 64
-    blocks = F.pad(p, (0, rest)) if rest else p
+    V, row = p.shape[1], torch.arange(len(p), device=p.device)
+    blocks = F.pad(p, (0, -V % 64)) if V % 64 else p
     blocks = blocks.unflatten(1, (-1, 64))
-    masses = blocks.sum(2)  # (B, V / 64)
-    block, noise = invert(masses, noise[:, None])
-    place, _ = invert(blocks[torch.arange(len(p), device=p.device), block[:, 0]], noise)
-    token = (64 * block + place).clamp(max=p.shape[1] - 1)
-    share = p.gather(1, token) / masses.sum(1, keepdim=True)
-    return token[:, 0], share.log()[:, 0]
+    ends = blocks.sum(2).double().cumsum(1)  # (B, V / 64)
+    total = ends[:, -1]
+    wanted = (noise * total)[:, None]
+    block = torch.searchsorted(ends, wanted, right=True).squeeze(1).clamp(max=ends.shape[1] - 1)
+    inner = blocks[row, block].double().cumsum(1)  # (B, 64)
+    inner += (ends[row, block] - inner[:, -1])[:, None]
+    place = torch.searchsorted(inner, wanted, right=True).squeeze(1)
+    token = (64 * block + place).clamp(max=V - 1)
+    return token, (p[row, token] / total).log().to(z.dtype)
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256):
@@ -820,26 +811,23 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
     vocabulary = len(model.get_input_embeddings().weight)
     if largest >= vocabulary:
         fail(f"{name}: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
-    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
-    n = min(len(longest), max(1024, window + 64))
-    begin, rest = longest[: n // 4], longest[n // 4 : (n + 1) // 2]
-    trials = [[longest[: max(n - 4, 1)], begin + rest[::-1]], [rows[-1][:256], rows[len(rows) // 2][:256]]]
-    test = lambda: sum(self_test(model, pair) for pair in trials)  # NaN if one is
+    n = min(len(longest), 1024)
+    pair = [longest[: max(n - 4, 1)], longest[: n // 4] + rows[-1][: (n + 1) // 2]]
     limit = 3e-4 if model.device.type == "cpu" else 2e-3  # a GPU rounds otherwise for one token than for many
-    use_rows(model)
     gap = math.inf
+    use_rows(model)
     if has_rows(model):
         with contextlib.suppress(Exception):  # of layers that know nothing of `Rows`
-            gap = test()
-    if not gap < limit:  # NaN neither
-        if has_rows(model):
+            gap = self_test(model, pair)
+        if not gap < limit:  # NaN neither
             model.set_attn_implementation("sdpa")
-        with blame(f"{name}: {type(model).__name__} cannot be sampled and scored"):
-            gap = test()
-        if not gap < limit:
-            fail(f"{name}: {type(model).__name__}'s log-probs or scores differ by {gap:.2g} in sampling, "
-                 "scoring and its own forward pass: it is random, or its cache or head unknown to common.py")
+    if not gap < limit:
         print(f"{name}: {type(model).__name__} needs padded rows, which take more time")
+        with blame(f"{name}: {type(model).__name__} cannot be sampled and scored"):
+            gap = self_test(model, pair)
+    if not gap < limit:
+        fail(f"{name}: {type(model).__name__}'s log-probs or scores differ by {gap:.2g} in sampling, "
+             "scoring and its own forward pass: it is random, or its cache or head unknown to common.py")
 
 def self_test(model, pair):
     """The largest gap between a model's own log-probs or scores of two rows and those that training sees."""
