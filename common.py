@@ -811,35 +811,35 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
     vocabulary = len(model.get_input_embeddings().weight)
     if largest >= vocabulary:
         fail(f"{name}: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
-    n = min(len(longest), 1024)
-    pair = [longest[: max(n - 4, 1)], longest[: n // 4] + rows[-1][: (n + 1) // 2]]
+    n = max(min(len(longest), 1024) - 4, 1)
+    trial = [longest[:n], longest[: n // 4] + rows[-1][: n // 2], *(row[: min(n, 124)] for row in rows[:4])]
     limit = 3e-4 if model.device.type == "cpu" else 2e-3  # a GPU rounds otherwise for one token than for many
     gap = math.inf
     use_rows(model)
     if has_rows(model):
         with contextlib.suppress(Exception):  # of layers that know nothing of `Rows`
-            gap = self_test(model, pair)
+            gap = self_test(model, trial)
         if not gap < limit:  # NaN neither
             model.set_attn_implementation("sdpa")
     if not gap < limit:
         print(f"{name}: {type(model).__name__} needs padded rows, which take more time")
         with blame(f"{name}: {type(model).__name__} cannot be sampled and scored"):
-            gap = self_test(model, pair)
+            gap = self_test(model, trial)
     if not gap < limit:
         fail(f"{name}: {type(model).__name__}'s log-probs or scores differ by {gap:.2g} in sampling, "
              "scoring and its own forward pass: it is random, or its cache or head unknown to common.py")
 
-def self_test(model, pair):
-    """The largest gap between a model's own log-probs or scores of two rows and those that training sees."""
+def self_test(model, rows):
+    """The largest gap between a model's own log-probs or scores and those that training sees."""
     gaps = []
     if model.get_output_embeddings() is None:  # a reward model
-        scores = token_values(model, pad(pair, model.device))
-        for row, ids in enumerate(pair):
+        scores = token_values(model, pad(rows, model.device))
+        for row, ids in enumerate(rows):
             gaps.append(model(input_ids=pad([ids], model.device)).logits[0] - scores[row, len(ids) - 1])
     else:
-        first, second = responses_of(sample(model, pair, 4, [-1]))
-        stop = [*{*second} - {*first}, -1]  # ends the second one alone
-        ids, mask, sampled = sample(model, pair, 4, stop).values()
+        first, *others = responses_of(sample(model, rows, 4, [-1]))
+        stop = [*{*sum(others, [])} - {*first}, -1]  # ends others, and not the first
+        ids, mask, sampled = sample(model, rows, 4, stop).values()
         ends = (last_token(mask) + 1).tolist()
         inside = pad([[False] + [True] * (end - 1) for end in ends], model.device, False)
         scored = sequence_logprobs(model, ids, inside)
