@@ -204,15 +204,11 @@ class Rows:
         queries, keys = new.sum(1), needed.sum(1)
         ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
         self.sizes = *ends, int(queries.max()), int(keys.max())
-        self.keys = place[needed]  # for varlen_attn: row by row
-        self.parts, where, size = [], torch.zeros_like(place), 0
-        for rows in keys.argsort().split(1 + 1024 // ids.shape[1]):  # else for a few rows of like length
-            part = place[rows, : keys[rows].max()]
-            index = torch.arange(size, size + part.numel(), device=ids.device)
-            where[rows, : part.shape[1]] = index.view(part.shape)
-            self.parts.append(part)
-            size += part.numel()
-        self.where = where[new]  # (N,): the tokens' places in the outputs of all parts
+        self.keys = place[needed]  # for varlen_attn
+        self.parts = []  # else a few rows (b, t) at a time, and what is new of b t tokens
+        for part, fresh in zip(*(x.split(1 + 1024 // ids.shape[1]) for x in (place, new))):
+            t = last_token(fresh).max() + 1
+            self.parts.append((part[:, :t], fresh[:, :t].flatten().nonzero().squeeze(1)))
 
     def forward(self, model, ids, positions):
         """Last hidden states. With a mask of four dimensions transformers makes none of its own."""
@@ -230,7 +226,7 @@ class Rows:
                 query, keys, values, *self.sizes, scale=scale, window_size=(before, 0), **GROUPED)
             return output[None]
         outputs = []
-        for part in self.parts:
+        for part, new in self.parts:
             q, k, v = (take(x, part).transpose(1, 2) for x in (query, key, value))  # (b, heads, t, d)
             t = part.shape[1]
             seen = None
@@ -238,8 +234,8 @@ class Rows:
                 seen = part.new_ones(t, t).tril().triu(1 - window).bool()
             output = F.scaled_dot_product_attention(
                 q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=True)
-            outputs.append(output.transpose(1, 2).flatten(0, 1))  # (b t, heads, d)
-        return take(torch.cat(outputs), self.where)[None]
+            outputs.append(take(output.transpose(1, 2).flatten(0, 1), new))
+        return torch.cat(outputs)[None]
 
 def has_rows(model):
     """Whether this model's layers attend as `Rows` say, which `use_rows` lets them do."""
@@ -814,17 +810,17 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
     n = max(min(len(longest), 1024) - 4, 1)
     trial = [longest[:n], longest[: n // 4] + rows[-1][: n // 2], *(row[: min(n, 124)] for row in rows[:4])]
     limit = 3e-4 if model.device.type == "cpu" else 2e-3  # a GPU rounds otherwise for one token than for many
-    gap = math.inf
+    gap, training = math.inf, model.training
     use_rows(model)
     if has_rows(model):
         with contextlib.suppress(Exception):  # of layers that know nothing of `Rows`
             gap = self_test(model, trial)
-        if not gap < limit:  # NaN neither
+    if not gap < limit:  # NaN neither
+        if has_rows(model):
             model.set_attn_implementation("sdpa")
-    if not gap < limit:
         print(f"{name}: {type(model).__name__} needs padded rows, which take more time")
         with blame(f"{name}: {type(model).__name__} cannot be sampled and scored"):
-            gap = self_test(model, trial)
+            gap = self_test(model.train(training), trial)
     if not gap < limit:
         fail(f"{name}: {type(model).__name__}'s log-probs or scores differ by {gap:.2g} in sampling, "
              "scoring and its own forward pass: it is random, or its cache or head unknown to common.py")
