@@ -180,8 +180,8 @@ def take(x, index):
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 class Rows:
-    """A batch as one long row of its N needed tokens, and of all that stands before them: no padding. Rows
-    that begin alike share that beginning, in which a causal model's states are the same.
+    """A batch as one long row of its N needed tokens and of all that stands before them, without padding.
+    Rows that begin alike share that beginning, in which a causal model's states are the same.
     ids, positions: (1, N); place: (B, T), where in the long row the tokens of the batch are."""
     def __init__(self, input_ids, needed):
         needed = needed.flip(1).cummax(1).values.flip(1)
@@ -189,10 +189,10 @@ class Rows:
         order = ids.unique(dim=0, return_inverse=True)[1].argsort()
         ids = ids[order]  # rows that begin alike are neighbours
         needed = ids >= 0
-        same = F.pad(ids[1:] == ids[:-1], (0, 0, 1, 0)).cumprod(1)  # as in the row above, up to here
-        new = needed & (same == 0)
-        row = torch.arange(len(ids), device=ids.device)
-        owner = row[:, None].where(new, 0).cummax(0).values  # the row in which a shared token is new
+        same = F.pad(ids[1:] == ids[:-1], (0, 0, 1, 0))
+        new = needed & (same.cumprod(1) == 0)  # what is not the same as in the row above, up to here
+        row = torch.arange(len(ids), device=ids.device)[:, None]
+        owner = row.where(new, 0).cummax(0).values  # in which a shared token is new
         count = new.flatten().cumsum(0) - 1
         place = count.view(new.shape).gather(0, owner).clamp(min=0)
         self.place = place[order.argsort()]
@@ -206,35 +206,47 @@ class Rows:
         self.sizes = *ends, int(queries.max()), int(keys.max())
         self.keys = place[needed]  # for varlen_attn
         self.parts = []  # else a few rows (b, t) at a time, and what is new of b t tokens
-        for part, fresh in zip(*(x.split(1 + 1024 // ids.shape[1]) for x in (place, new))):
+        size = 1 + 1024 // ids.shape[1]
+        for part, fresh in zip(place.split(size), new.split(size)):
             t = last_token(fresh).max() + 1
-            self.parts.append((part[:, :t], fresh[:, :t].flatten().nonzero().squeeze(1)))
+            fresh = fresh[:, :t].flatten().nonzero()
+            self.parts.append((part[:, :t], fresh.squeeze(1)))
 
     def forward(self, model, ids, positions):
         """Last hidden states. With a mask of four dimensions transformers makes none of its own."""
         no_mask = ids.new_ones(1, 1, 1, 1)
-        return model.base_model(input_ids=ids, position_ids=positions, attention_mask=no_mask,
-                                use_cache=False, rows=self).last_hidden_state
+        out = model.base_model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=no_mask,
+            use_cache=False,
+            rows=self)
+        return out.last_hidden_state
 
     def attend(self, layer, query, key, value, scale, window):
         """Causal attention of each row to itself: query (1, heads, N, d) -> (1, N, heads, d)."""
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
-        if query.is_cuda and query.element_size() == 2:
-            keys, values = take(key, self.keys), take(value, self.keys)
-            before = window - 1  # as many are seen, and with -1 all
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
+        if q.is_cuda and q.element_size() == 2:
+            k, v = take(k, self.keys), take(v, self.keys)
+            seen = window - 1, 0  # so many before it, and with -1 all
             output = varlen_attn(
-                query, keys, values, *self.sizes, scale=scale, window_size=(before, 0), **GROUPED)
+                q, k, v, *self.sizes, scale=scale, window_size=seen, **GROUPED)
             return output[None]
         outputs = []
-        for part, new in self.parts:
-            q, k, v = (take(x, part).transpose(1, 2) for x in (query, key, value))  # (b, heads, t, d)
+        for part, fresh in self.parts:
+            rows = [take(x, part).transpose(1, 2) for x in (q, k, v)]  # (b, heads, t, d) each
             t = part.shape[1]
             seen = None
             if 0 < window < t:
                 seen = part.new_ones(t, t).tril().triu(1 - window).bool()
             output = F.scaled_dot_product_attention(
-                q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=True)
-            outputs.append(take(output.transpose(1, 2).flatten(0, 1), new))
+                *rows,
+                attn_mask=seen,
+                is_causal=seen is None,
+                scale=scale,
+                enable_gqa=True)
+            output = output.transpose(1, 2).flatten(0, 1)
+            outputs.append(take(output, fresh))
         return torch.cat(outputs)[None]
 
 def has_rows(model):
@@ -246,17 +258,21 @@ def use_rows(model):
     Some models are wrong then: compare, as `check_model` does. Without it their rows are padded."""
     from transformers import AttentionInterface, AttentionMaskInterface  # not above: this takes a second
     sdpa = AttentionInterface()["sdpa"]
+    sdpa_mask = AttentionMaskInterface()["sdpa"]
     def attention(module, query, key, value, mask, rows=None, **options):
         if rows is None:
             return sdpa(module, query, key, value, mask, **options)
-        unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-        if unknown or options["dropout"]:
-            raise NotImplementedError(f"attention with dropout or {unknown}")
-        query, key, value = _autocast(query, key, value)  # some rotary embeddings are fp32
+        for name in ("softcap", "s_aux", "position_bias"):
+            if options.get(name) is not None:
+                raise NotImplementedError(name)
+        if options["dropout"]:
+            raise NotImplementedError("dropout")
         window = options.get("sliding_window") or 0
-        return rows.attend(module.layer_idx, query, key, value, options["scaling"], window), None
+        qkv = _autocast(query, key, value)  # some rotary embeddings are fp32
+        output = rows.attend(module.layer_idx, *qkv, options["scaling"], window)
+        return output, None
     AttentionInterface.register("rows", attention)
-    AttentionMaskInterface.register("rows", AttentionMaskInterface()["sdpa"])
+    AttentionMaskInterface.register("rows", sdpa_mask)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("rows")
 
@@ -376,59 +392,65 @@ class RowsCache(Rows):
     keys and values are copied to its rows."""
     def __init__(self, model, prompts, room):
         self.model, self.room, self.layers = model, room, {}
-        ids = pad(prompts, model.device)  # (B, P)
-        self.last = pad([[len(prompt) - 1] for prompt in prompts], model.device)  # (B, 1)
-        self.places = torch.arange(ids.shape[1], device=model.device)
-        super().__init__(ids, self.places <= self.last)
+        self.seen = pad([[True] * len(prompt) for prompt in prompts], model.device, False)  # (B, P)
+        self.last = last_token(self.seen)[:, None]
+        super().__init__(pad(prompts, model.device), self.seen)
 
     def step(self, token=None):
         if token is None:
             hidden = self.forward(self.model, self.ids, self.positions)[0]
-            return hidden[self.place.gather(1, self.last)[:, 0]]
+            last = self.place.gather(1, self.last)
+            return hidden[last[:, 0]]
         self.last = self.last + 1
-        self.places = torch.arange(len(self.places) + 1, device=token.device)
-        self.seen = (self.places <= self.last)[:, None, None]  # (B, 1, 1, places)
-        return self.forward(self.model, token[:, None], self.last)[:, 0]
+        self.seen = F.pad(self.seen, (0, 1)).scatter(1, self.last, True)
+        hidden = self.forward(self.model, token[:, None], self.last)
+        return hidden[:, 0]
 
     def attend(self, layer, query, key, value, scale, window):
         if layer not in self.layers:  # the prompts
             self.layers[layer] = []
             for x in (key, value):
-                x = take(x[0].transpose(0, 1), self.place).transpose(1, 2)  # (B, heads, P, d)
-                self.layers[layer].append(F.pad(x, (0, 0, 0, self.room)))
+                x = take(x[0].transpose(0, 1), self.place)  # (B, P, heads, d)
+                x = F.pad(x.transpose(1, 2), (0, 0, 0, self.room))
+                self.layers[layer].append(x)
             return super().attend(layer, query, key, value, scale, window)
-        seen, last = self.seen, self.last[:, None, None]
-        if window:
-            seen = seen & (self.places > last - window)
+        last = self.last[:, None, None]
         for memory, x in zip(self.layers[layer], (key, value)):
             memory.scatter_(2, last.expand(x.shape), x)
-        k, v = (memory[:, :, : len(self.places)] for memory in self.layers[layer])
-        query = query.reshape(len(query), k.shape[1], -1, k.shape[3])  # heads that share keys, as its queries
-        output = F.scaled_dot_product_attention(query, k, v, seen, scale=scale)
-        return output.reshape(len(query), 1, -1, v.shape[3])
+        n = self.seen.shape[1]
+        k, v = (memory[:, :, :n] for memory in self.layers[layer])
+        seen = self.seen[:, None, None]  # (B, 1, 1, n)
+        if window:
+            seen = seen & (torch.arange(n, device=last.device) > last - window)
+        q = query.reshape(len(k), k.shape[1], -1, k.shape[3])  # heads that share keys, as its queries
+        output = F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
+        return output.reshape(len(k), 1, -1, v.shape[3])
 
     def keep(self, rows):
         for pair in self.layers.values():
             pair[:] = [x[: len(rows)].copy_(x[rows]) for x in pair]  # in the same memory
-        self.last = self.last[rows]
+        self.last, self.seen = self.last[rows], self.seen[rows]
         return True
 
 def draw(z, noise):
     """Tokens of softmax(z) and their log-probs, (B,) each, where the cumulative distribution is over noise (B,):
     first that of blocks of 64 tokens, then that in a block, summed in fp64. z (B, V) is used up."""
     p = z.sub_(z.amax(1, keepdim=True)).exp_()
-    V, row = p.shape[1], torch.arange(len(p), device=p.device)
+    V = p.shape[1]
+    row = torch.arange(len(p), device=p.device)
     blocks = F.pad(p, (0, -V % 64)) if V % 64 else p
     blocks = blocks.unflatten(1, (-1, 64))
     ends = blocks.sum(2).double().cumsum(1)  # (B, V / 64)
     total = ends[:, -1]
     wanted = (noise * total)[:, None]
-    block = torch.searchsorted(ends, wanted, right=True).squeeze(1).clamp(max=ends.shape[1] - 1)
+    block = torch.searchsorted(ends, wanted, right=True).squeeze(1)
+    block = block.clamp(max=ends.shape[1] - 1)
     inner = blocks[row, block].double().cumsum(1)  # (B, 64)
     inner += (ends[row, block] - inner[:, -1])[:, None]
     place = torch.searchsorted(inner, wanted, right=True).squeeze(1)
     token = (64 * block + place).clamp(max=V - 1)
-    return token, (p[row, token] / total).log().to(z.dtype)
+    logp = (p[row, token] / total).log()
+    return token, logp.to(z.dtype)
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256):
@@ -482,26 +504,6 @@ def ended(batch, eos_ids):
 def responses_of(batch):
     """The token ids of each response in a batch, its EOS among them: a list of lists."""
     return [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["mask"])]
-
-@torch.no_grad()
-def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
-    """A scored response to each (row, prompt ids): a batch of (B, T) with ref_logprobs, and episodes (B,):
-    rewards less --missing-eos-penalty, kl and entropy in nats, lengths, finished; scores (B, K rewards)."""
-    rows, prompts = map(list, zip(*rows))
-    with autocast():
-        batch = sample(policy, prompts, args.max_new_tokens, eos_ids, args.temperature, seed)
-        score_reference = lambda mb: sequence_logprobs(
-            reference, mb["input_ids"], mb["mask"], temperature=args.temperature)
-        batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size)
-    scores = score(rows, prompts, responses_of(batch))  # NaN where a reward gives None
-    if scores.isnan().all(1).any():
-        fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
-    finished = ended(batch, eos_ids)
-    weights = scores.new_tensor(args.reward_weights or [1.0] * len(args.reward))
-    rewards = (scores * weights).nansum(1) - args.missing_eos_penalty * ~finished
-    kl = kl_estimate(batch["logprobs"], batch["ref_logprobs"], "k1").sum(1)
-    return batch, {"scores": scores, "rewards": rewards, "kl": kl, "entropy": -batch["logprobs"].sum(1),
-                   "lengths": batch["mask"].sum(1).float(), "finished": finished.float()}
 
 # ==== II. Files =======================================================================================
 def fail(message):
@@ -886,6 +888,26 @@ def read_scores(model, rows, size, autocast):
             values = token_values(model, pad(part, model.device), last)  # (b, T)
         scores.append(values[last])
     return torch.cat(scores)
+
+@torch.no_grad()
+def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
+    """A scored response to each (row, prompt ids): a batch of (B, T) with ref_logprobs, and episodes (B,):
+    rewards less --missing-eos-penalty, kl and entropy in nats, lengths, finished; scores (B, K rewards)."""
+    rows, prompts = map(list, zip(*rows))
+    with autocast():
+        batch = sample(policy, prompts, args.max_new_tokens, eos_ids, args.temperature, seed)
+        score_reference = lambda mb: sequence_logprobs(
+            reference, mb["input_ids"], mb["mask"], temperature=args.temperature)
+        batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size)
+    scores = score(rows, prompts, responses_of(batch))  # NaN where a reward gives None
+    if scores.isnan().all(1).any():
+        fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
+    finished = ended(batch, eos_ids)
+    weights = scores.new_tensor(args.reward_weights or [1.0] * len(args.reward))
+    rewards = (scores * weights).nansum(1) - args.missing_eos_penalty * ~finished
+    kl = kl_estimate(batch["logprobs"], batch["ref_logprobs"], "k1").sum(1)
+    return batch, {"scores": scores, "rewards": rewards, "kl": kl, "entropy": -batch["logprobs"].sum(1),
+                   "lengths": batch["mask"].sum(1).float(), "finished": finished.float()}
 
 def reward_function(spec, tokenizer, device):
     """score() of file.py:function, which is called as TRL does, with texts or messages; NaN for its None."""
