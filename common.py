@@ -180,9 +180,8 @@ def take(x, index):
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 class Rows:
-    """A batch as one long row of its N needed tokens and of all that stands before them, without padding.
-    Rows that begin alike share that beginning, in which a causal model's states are the same.
-    ids, positions: (1, N); place: (B, T), where in the long row the tokens of the batch are."""
+    """A batch as one long row of the N tokens up to those needed. Rows share a beginning that is the same, as
+    are its states then. ids, positions: (1, N); place (B, T): where in there the batch's tokens are."""
     def __init__(self, input_ids, needed):
         needed = needed.flip(1).cummax(1).values.flip(1)
         ids = input_ids.where(needed, -1)
@@ -191,16 +190,11 @@ class Rows:
         needed = ids >= 0
         same = F.pad(ids[1:] == ids[:-1], (0, 0, 1, 0))
         new = needed & (same.cumprod(1) == 0)  # what is not the same as in the row above, up to here
-        row = torch.arange(len(ids), device=ids.device)[:, None]
-        owner = row.where(new, 0).cummax(0).values  # in which a shared token is new
         count = new.flatten().cumsum(0) - 1
-        place = count.view(new.shape).gather(0, owner).clamp(min=0)
+        place = count.view(new.shape).where(new, 0).cummax(0).values  # shared: of the row in which it is new
         self.place = place[order.argsort()]
         self.ids = ids[new][None]
         self.positions = new.nonzero()[:, 1][None]
-
-        some = new.any(1)  # the other rows are in there already
-        place, needed, new = place[some], needed[some], new[some]
         queries, keys = new.sum(1), needed.sum(1)
         ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
         self.sizes = *ends, int(queries.max()), int(keys.max())
@@ -254,8 +248,7 @@ def has_rows(model):
     return model.config._attn_implementation == "rows"
 
 def use_rows(model):
-    """Let the layers attend as `Rows` say where they are given some, and by torch's own function elsewhere.
-    Some models are wrong then: compare, as `check_model` does. Without it their rows are padded."""
+    """Let layers attend as `Rows` say, if there are some. Some models err then: see check_model."""
     from transformers import AttentionInterface, AttentionMaskInterface  # not above: this takes a second
     sdpa = AttentionInterface()["sdpa"]
     sdpa_mask = AttentionMaskInterface()["sdpa"]
@@ -294,10 +287,8 @@ def sequence_logprobs(model, input_ids, mask, **options):
     return tuple(map(spread, result)) if isinstance(result, tuple) else spread(result)
 
 def token_values(model, input_ids, needed=None):
-    """The score head at each token, or where `needed` is True and 0 elsewhere: (B, T) -> (B, T). A reward is
-    read at the last one, V_t at t - 1."""
-    if needed is None:
-        needed = torch.ones_like(input_ids, dtype=torch.bool)
+    """The score head where `needed` (default: at each token), else 0: (B, T) -> (B, T). V_t is at t - 1."""
+    needed = input_ids >= 0 if needed is None else needed
     hidden = states(model, input_ids, needed)
     head = getattr(model, "score", None) or model.classifier
     with torch.autocast(hidden.device.type, enabled=False):
@@ -374,7 +365,7 @@ class PaddedCache:
         position = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
         out = self.model.base_model(
             input_ids=self.ids, attention_mask=self.mask, position_ids=position, use_cache=True, **self.past)
-        self.past = {name: out[name] for name in out.keys() & {"cache", "past_key_values"}}  # new name, or old
+        self.past = {name: out[name] for name in out.keys() & {"cache", "past_key_values"}}  # or its old name
         return out.last_hidden_state[:, -1]
 
     def keep(self, rows):
@@ -388,8 +379,7 @@ class PaddedCache:
         return True
 
 class RowsCache(Rows):
-    """The same for models that use `Rows`, in memory taken once: each prompt passes the model once, and its
-    keys and values are copied to its rows."""
+    """The same for models with `Rows`: in memory taken once, each distinct prompt computed once."""
     def __init__(self, model, prompts, room):
         self.model, self.room, self.layers = model, room, {}
         self.seen = pad([[True] * len(prompt) for prompt in prompts], model.device, False)  # (B, P)
@@ -433,8 +423,8 @@ class RowsCache(Rows):
         return True
 
 def draw(z, noise):
-    """Tokens of softmax(z) and their log-probs, (B,) each, where the cumulative distribution is over noise (B,):
-    first that of blocks of 64 tokens, then that in a block, summed in fp64. z (B, V) is used up."""
+    """Tokens of softmax(z) and their log-probs, (B,) each: where the cumulative distribution, of blocks of 64
+    tokens and then in a block, passes the noise, (B,) in [0, 1). z (B, V) is used up."""
     p = z.sub_(z.amax(1, keepdim=True)).exp_()
     V = p.shape[1]
     row = torch.arange(len(p), device=p.device)
@@ -448,7 +438,8 @@ def draw(z, noise):
     inner = blocks[row, block].double().cumsum(1)  # (B, 64)
     inner += (ends[row, block] - inner[:, -1])[:, None]
     place = torch.searchsorted(inner, wanted, right=True).squeeze(1)
-    token = (64 * block + place).clamp(max=V - 1)
+    token = 64 * block + place
+    token = token.clamp(max=V - 1)
     logp = (p[row, token] / total).log()
     return token, logp.to(z.dtype)
 
@@ -493,8 +484,10 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
         input_ids.append(prompt + row[:length])
         mask.append([False] * len(prompt) + [True] * length)
         scores.append([0.0] * len(prompt) + logp[:length])
-    return {"input_ids": pad(input_ids, device), "mask": pad(mask, device, False),
-            "logprobs": pad(scores, device, 0.0)}
+    return {
+        "input_ids": pad(input_ids, device),
+        "mask": pad(mask, device, False),
+        "logprobs": pad(scores, device, 0.0)}
 
 def ended(batch, eos_ids):
     """Which responses of a batch end with an EOS: (B,)."""
@@ -801,7 +794,7 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
 @torch.no_grad()
 def check_model(model, rows, name="--model", lengths="--max-length"):
     """Refuse a model with too few positions or embeddings for these rows, or one sampled or scored wrongly:
-    tried on the longest row and its first half, of which one ends before the other."""
+    tried on a few rows, without padding, and if that fails with it."""
     longest, largest = max(rows, key=len), max(map(max, rows))
     positions = getattr(model.config, "max_position_embeddings", None) or 0
     if 0 < positions < len(longest):
@@ -810,9 +803,15 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
     if largest >= vocabulary:
         fail(f"{name}: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
     n = max(min(len(longest), 1024) - 4, 1)
-    trial = [longest[:n], longest[: n // 4] + rows[-1][: n // 2], *(row[: min(n, 124)] for row in rows[:4])]
-    limit = 3e-4 if model.device.type == "cpu" else 2e-3  # a GPU rounds otherwise for one token than for many
-    gap, training = math.inf, model.training
+    trial = [longest[:n]]
+    trial.append(longest[: n // 4] + rows[-1][: n // 2])  # begins as the first
+    for row in rows[:4]:
+        trial.append(row[: min(n, 124)])
+    limit = 3e-4
+    if model.device.type == "cuda":
+        limit = 2e-3  # its kernels round otherwise for one token than for many
+    training = model.training
+    gap = math.inf
     use_rows(model)
     if has_rows(model):
         with contextlib.suppress(Exception):  # of layers that know nothing of `Rows`
@@ -833,7 +832,8 @@ def self_test(model, rows):
     if model.get_output_embeddings() is None:  # a reward model
         scores = token_values(model, pad(rows, model.device))
         for row, ids in enumerate(rows):
-            gaps.append(model(input_ids=pad([ids], model.device)).logits[0] - scores[row, len(ids) - 1])
+            own = model(input_ids=pad([ids], model.device)).logits[0]
+            gaps.append(own - scores[row, len(ids) - 1])
     else:
         first, *others = responses_of(sample(model, rows, 4, [-1]))
         stop = [*{*sum(others, [])} - {*first}, -1]  # ends others, and not the first
@@ -845,7 +845,8 @@ def self_test(model, rows):
             logits = model(input_ids=ids[row : row + 1, :end]).logits[0, :-1].float()
             own = -F.cross_entropy(logits, ids[row, 1:end], reduction="none")
             gaps.append(own - scored[row, 1:end])
-            gaps.append((own - sampled[row, 1:end])[mask[row, 1:end]])
+            gap = own - sampled[row, 1:end]
+            gaps.append(gap[mask[row, 1:end]])
     return torch.cat(gaps).abs().max().item()
 
 def load_reward(spec, tokenizer, eos_ids, args, device, autocast):

@@ -29,7 +29,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -196,12 +195,6 @@ def load_critic(args, policy, reward_model, device):
     return critic.to(device).train()
 
 
-def values_of(critic, batch):
-    """V_t, before token t of a response is chosen: the head's output at token t - 1. (B, T)"""
-    values = token_values(critic, batch["input_ids"], batch["mask"].roll(-1, dims=1))
-    return values.roll(1, dims=1)
-
-
 # ---- Training ----
 
 
@@ -292,8 +285,11 @@ def main(args: Args) -> dict:
             episodes["rewards"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
         batch["values"] = torch.zeros_like(token_reward)
         if critic:
-            with autocast():
-                batch["values"] = per_token(partial(values_of, critic), batch, args.micro_batch_size)
+            batch["before"] = mask.roll(-1, dims=1)
+            with autocast():  # V_t, before token t is chosen, is the head's output at token t - 1
+                batch["values"] = per_token(
+                    lambda mb: token_values(critic, mb["input_ids"], mb["before"]).roll(1, dims=1), batch,
+                    args.micro_batch_size)
         advantages, batch["returns"] = gae(token_reward, batch["values"], mask, args.gamma, args.gae_lambda)
         batch["advantages"] = masked_whiten(advantages, mask) if args.norm_adv else advantages
         variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)).square(), mask)
@@ -320,7 +316,7 @@ def main(args: Args) -> dict:
                              "policy/approx_kl": kl_estimate(mb["logprobs"], logprobs, "k3")}
                     if critic:
                         with autocast():
-                            values = values_of(critic, mb)
+                            values = token_values(critic, mb["input_ids"], mb["before"]).roll(1, dims=1)
                         losses, clipped = value_loss(
                             values, mb["values"], mb["returns"], mb["mask"], args.clip_coef_value)
                         (losses.sum() / step_tokens).backward()
