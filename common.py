@@ -430,13 +430,16 @@ def draw(z, noise):
     row = torch.arange(len(p), device=p.device)
     blocks = F.pad(p, (0, -V % 64)) if V % 64 else p
     blocks = blocks.unflatten(1, (-1, 64))
-    ends = blocks.sum(2).double().cumsum(1)  # (B, V / 64)
+    masses = blocks.sum(2).double()
+    ends = masses.cumsum(1)  # (B, V / 64)
     total = ends[:, -1]
-    wanted = (noise * total)[:, None]
-    block = torch.searchsorted(ends, wanted, right=True).squeeze(1)
+    wanted = noise * total
+    block = torch.searchsorted(ends, wanted[:, None], right=True).squeeze(1)
     block = block.clamp(max=ends.shape[1] - 1)
+    mass = masses[row, block]
+    share = (wanted - ends[row, block]) / mass + 1  # of the block that is passed
     inner = blocks[row, block].double().cumsum(1)  # (B, 64)
-    inner += (ends[row, block] - inner[:, -1])[:, None]
+    wanted = share[:, None] * inner[:, -1:]
     place = torch.searchsorted(inner, wanted, right=True).squeeze(1)
     token = 64 * block + place
     token = token.clamp(max=V - 1)

@@ -286,10 +286,9 @@ def main(args: Args) -> dict:
         batch["values"] = torch.zeros_like(token_reward)
         if critic:
             batch["before"] = mask.roll(-1, dims=1)
+            values_of = lambda mb: token_values(critic, mb["input_ids"], mb["before"]).roll(1, dims=1)
             with autocast():  # V_t, before token t is chosen, is the head's output at token t - 1
-                batch["values"] = per_token(
-                    lambda mb: token_values(critic, mb["input_ids"], mb["before"]).roll(1, dims=1), batch,
-                    args.micro_batch_size)
+                batch["values"] = per_token(values_of, batch, args.micro_batch_size)
         advantages, batch["returns"] = gae(token_reward, batch["values"], mask, args.gamma, args.gae_lambda)
         batch["advantages"] = masked_whiten(advantages, mask) if args.norm_adv else advantages
         variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)).square(), mask)
@@ -316,7 +315,7 @@ def main(args: Args) -> dict:
                              "policy/approx_kl": kl_estimate(mb["logprobs"], logprobs, "k3")}
                     if critic:
                         with autocast():
-                            values = token_values(critic, mb["input_ids"], mb["before"]).roll(1, dims=1)
+                            values = values_of(mb)
                         losses, clipped = value_loss(
                             values, mb["values"], mb["returns"], mb["mask"], args.clip_coef_value)
                         (losses.sum() / step_tokens).backward()
