@@ -232,7 +232,6 @@ def main(args: Args) -> dict:
     # 2. prompts, models, optimizer
     train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset, "prompt")
     policy, tokenizer, eos_ids = load_model(args.model, args, device)
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
     rewards = [load_reward(spec, tokenizer, eos_ids, args, device, autocast) for spec in args.reward]
     score = lambda *texts: torch.stack([own(*texts) for own, _ in rewards], dim=1)  # (B, number of rewards)
     prompts = load_prompts(tokenizer, train_rows, args.max_prompt_length)
@@ -243,6 +242,7 @@ def main(args: Args) -> dict:
     for name, model in [("--model", policy), *reward_models]:
         if model is not None:
             check_model(model, [longest, *ids], name, "--max-prompt-length, --max-new-tokens")
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     print(f"{len(prompts)} prompts, {len(held_out)} held out, "
           f"{num_updates} updates, {policy.num_parameters():,} parameters on {device}")

@@ -220,7 +220,6 @@ def main(args: Args) -> dict:
     # 2. prompts, models, optimizer
     train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset, "prompt")
     policy, tokenizer, eos_ids = load_model(args.model, args, device)
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
     rewards = [load_reward(spec, tokenizer, eos_ids, args, device, autocast) for spec in args.reward]
     score = lambda *texts: torch.stack([own(*texts) for own, _ in rewards], dim=1)  # (B, number of rewards)
     prompts = load_prompts(tokenizer, train_rows, args.max_prompt_length)
@@ -231,6 +230,7 @@ def main(args: Args) -> dict:
     for name, model in [("--model", policy), *reward_models]:
         if model is not None:
             check_model(model, [longest, *ids], name, "--max-prompt-length, --max-new-tokens")
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
     reward_model = rewards[0][1]
     critic = load_critic(args, policy, reward_model, device)
     models = {"policy": policy, "critic": critic} if critic else {"policy": policy}
@@ -285,10 +285,10 @@ def main(args: Args) -> dict:
             episodes["rewards"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
         batch["values"] = torch.zeros_like(token_reward)
         if critic:
+            batch["before"] = mask.roll(-1, dims=1)
+            values_of = lambda mb: token_values(critic, mb["input_ids"], mb["before"]).roll(1, dims=1)
             with autocast():  # V_t, before token t is chosen, is the head's output at token t - 1
-                batch["values"] = per_token(
-                    lambda mb: token_values(critic, mb["input_ids"]).roll(1, dims=1), batch,
-                    args.micro_batch_size, device)
+                batch["values"] = per_token(values_of, batch, args.micro_batch_size, device)
         advantages, batch["returns"] = gae(token_reward, batch["values"], mask, args.gamma, args.gae_lambda)
         batch["advantages"] = masked_whiten(advantages, mask) if args.norm_adv else advantages
         variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)).square(), mask)
@@ -315,7 +315,7 @@ def main(args: Args) -> dict:
                              "policy/approx_kl": kl_estimate(mb["logprobs"], logprobs, "k3")}
                     if critic:
                         with autocast():
-                            values = token_values(critic, mb["input_ids"]).roll(1, dims=1)
+                            values = values_of(mb)
                         losses, clipped = value_loss(
                             values, mb["values"], mb["returns"], mb["mask"], args.clip_coef_value)
                         (losses.sum() / step_tokens).backward()

@@ -169,14 +169,14 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
 
 
 def collate(comparisons, device):
-    """The N completions of B comparisons, padded on the right: input_ids (N, T), last (N,) the index of each
+    """The N completions of B comparisons, padded on the right: input_ids (N, T), last (N, T) True at each
     row's last token; and their M pairs: first and second (M,) as rows, mu (M,), owner (M,) the comparison."""
     rows, pairs = [], []
     for owner, (completions, _, own_pairs, _) in enumerate(comparisons):
         start = len(rows)
         pairs += [(start + i, start + j, mu, owner) for i, j, mu in own_pairs]
         rows += completions
-    last = to_device(torch.tensor([len(ids) - 1 for ids in rows]), device)
+    last = pad([[False] * (len(ids) - 1) + [True] for ids in rows], device, False)
     first, second, mu, owner = [to_device(torch.tensor(column), device) for column in zip(*pairs)]
     return pad(rows, device), last, first, second, mu, owner
 
@@ -205,7 +205,7 @@ def forward(model, comparisons, args, autocast):
     share of votes that the rewards agree with: mu or 1 - mu, and 0.5 at margin 0, as for a coin."""
     input_ids, last, first, second, mu, owner = collate(comparisons, model.device)
     with autocast():
-        rewards = token_values(model, input_ids)[torch.arange(len(last)), last]  # (N,)
+        rewards = token_values(model, input_ids, last)[last]  # (N,)
     rewards_of = rewards.split([len(completions) for completions, *_ in comparisons])  # B times (K,)
     num_pairs = to_device(torch.tensor([len(pairs) for *_, pairs, _ in comparisons]), model.device)  # (B,)
     mean = lambda x: x.new_zeros(num_pairs.shape).index_add(0, owner, x) / num_pairs  # (M,) -> (B,)

@@ -377,6 +377,7 @@ class PositionCritic(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.config = SimpleNamespace(_attn_implementation="eager")
         self.score = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.ones_(self.score.weight)
 

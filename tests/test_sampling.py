@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from common import ended, responses_of, sample, sequence_logprobs
+from common import ended, responses_of, sample, sequence_logprobs, use_rows
 from conftest import VOCABULARY, make_model, sampled
 from sft import collate
 
@@ -16,6 +16,14 @@ PROMPTS = [
     [1, 30],
     [1, 6, 6, 6, 6],
 ]  # EOS (2) inside one
+
+
+@pytest.fixture(params=["llama", "gpt2", "llama, padded", "gpt2, padded"])
+def model(request):
+    model = make_model(request.param.partition(",")[0])
+    if "padded" not in request.param:
+        use_rows(model)
+    return model
 
 
 def completions(tokens, lengths):
@@ -178,12 +186,14 @@ def law_of(model, prompt, max_new_tokens, eos_ids, temperature):
     return law | open_ones
 
 
-@pytest.mark.parametrize("kind, temperature", [("llama", 0.6), ("gpt2", 1.7)])
-def test_whole_responses_follow_their_law(kind, temperature):
+@pytest.mark.parametrize("kind, temperature, padded", [("llama", 0.6, False), ("gpt2", 1.7, False), ("gpt2", 1.7, True)])
+def test_whole_responses_follow_their_law(kind, temperature, padded):
     """A chi-square test over all 53 responses of up to 3 tokens out of 5, of which two end them, behind four ragged
     prompts in the same batches; rows that have ended leave the batch. Each statistic is far below its bound.
     """
     model, n = make_model(kind), 1200
+    if not padded:
+        use_rows(model)
     model.resize_token_embeddings(5, mean_resizing=False)
     prompts = [[1, 4, 3], [1], [1, 0, 2, 4, 3, 0, 1, 4, 2], [1, 3, 3, 0]]
     batch = sample(model, prompts * n, 3, [2, 4], temperature, seed=3, batch_size=1000)

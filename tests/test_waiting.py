@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = "_local_scalar_dense is_nonzero equal nonzero masked_select bincount _unique2 unique_dim".split()
 ON_THE_CPU = "micro_batches"  # reads lengths of a batch that is on the CPU in any case
-SIZES_OF_ROWS = "sequence_logprobs", "token_values"  # depend on a mask
+SIZES_OF_ROWS = "sequence_logprobs", "token_values", "states", "__init__"  # depend on a mask, and Rows on the tokens
 
 
 def reader() -> str:
