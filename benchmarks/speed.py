@@ -3,25 +3,31 @@
     pip install trl datasets
     python benchmarks/speed.py
 
-Each case is a model and rows that sft.py, dpo.py, reward_model.py or grpo.py and TRL's trainer start from alike:
-the same weights, the same rows in the same order in every step, the same optimizer and learning rates. The mean
-losses of both are printed: they have to agree. Sampling is `sample` beside transformers' `generate`, from the
-same prompts. In one process with one thread of torch, contenders take turns, another one going first in each
-round:
+Each case is a model and rows from which a script and TRL's trainer start alike: the same weights, the same
+rows in the same order in every step, the same optimizer and learning rates. The mean losses of both have to
+agree, and the benchmark ends with an error where they do not. Sampling is common.py's `sample` beside
+transformers' `generate`, from the same prompts. In one process with one thread of torch, contenders take turns,
+another one going first in each round:
 
-    ours       the script's main() or `sample`, in fp32
-    best       TRL in fp32 as fast as its own options make it on this CPU: a first round tries those of `OPTIONS`
-    default    TRL's defaults, bf16 and gradient checkpointing, or `generate` without options
+    ours           the script's main() with its own default of --micro-batch-size, or `sample`
+    fp32           TRL without bf16 and gradient checkpointing, which it switches on by default even on a CPU;
+                   of DPO with the reference's log-probs computed once, before the first step
+    single rows    the same, one row or pair at a time, gradients accumulated: nothing is padded
+    static cache   of `generate`
+    default        TRL's defaults, or those of `generate`
+
+"Best" is the fastest of them that is not ours. --all-options adds what else TRL and ours offer.
 
 Time: a step is what lies between the ends of two optimizer steps, whatever the loop does there: data, sampling,
-losses, logging. The first optimizer step of a run is warm-up. CPU time of the process, which other jobs
-on the machine disturb less, beside time on the wall. A ratio is that of two runs of one round, over the same
-steps; the table has the median over rounds, and the least and the largest one.
+losses, logging. The first one of a run is warm-up. CPU time of the process, which other jobs on the machine
+disturb less, beside time on the wall. A ratio is that of two runs of one round, over the same steps; the table
+has the median over rounds, the least and the largest one.
 Memory: the largest resident set of a process of its own that imports what it needs and takes two steps.
-First step: CPU seconds of a whole process, from the command to the end of its first optimizer step.
+First step: CPU seconds of a whole process, from the command to the end of its first optimizer step, in SFT on
+the embedded world. sft.py evaluates the held-out rows before it, TRL does not.
 
-Cases on real data need a folder with them, --shared, and are skipped with a reason without it. Without TRL,
-its columns stay empty.
+Cases on real data need a folder with them, --shared, and are skipped with a reason without it. Without TRL its
+columns stay empty. --cases runs some of the cases, and keeps what the file --output has of others.
 """
 
 import contextlib
@@ -36,7 +42,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -56,22 +62,22 @@ from logprob import hardware, resident, version  # noqa: E402
 
 SCRIPTS = {"sft": sft, "dpo": dpo, "reward_model": reward_model, "grpo": grpo}
 TRAINERS = {"sft": "SFT", "dpo": "DPO", "reward_model": "Reward", "grpo": "GRPO"}  # TRL's, without "Trainer"
-WHO = "ours", "best", "default"
 SEED = 1
+LEARNING_RATE = 1e-4  # falls linearly to 0
 
 
 @dataclass
 class Args:
-    cases: list[str] = field(default_factory=list)  # names to run; empty: all
+    cases: list[str] = field(default_factory=list)  # names of those to run; empty: all, and the first step
     rounds: int = 3  # each contender runs once in a round
     steps: int = 3  # optimizer steps of a run, of which the first one is warm-up
     shared: str = "../shared"  # folder with data/*.jsonl and models/, for the cases on real data
     memory: bool = True  # measure memory too, each contender in a process of its own
-    first_step: bool = True  # measure the time to the first step too
-    quick: bool = False  # seconds: tiny cases from the embedded world, one round, no memory, no first step
+    all_options: bool = False  # measure the settings too that were found slower
+    quick: bool = False  # seconds: tiny cases of the embedded world, one round, no memory, no first step
     output: str = "benchmarks/results/speed.json"  # empty: write nothing
-    child: str = ""  # internal: "case contender options" to run alone in --folder, and print its memory
-    folder: str = ""  # internal: where the models and rows of the cases are
+    child: str = ""  # internal: the case and contender to run alone in --folder, to print its memory
+    folder: str = ""  # internal: where the models of the cases are
 
 
 # ---- Cases ----
@@ -107,8 +113,8 @@ def save_model(folder: Path, kind: str, tokenizer: str, hidden: int, vocabulary:
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(SEED)
         config = transformers.AutoConfig.for_model(
-            kind, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=4,
-            num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, max_position_embeddings=2048,
+            kind, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden,
+            num_hidden_layers=4, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, max_position_embeddings=2048,
             tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1)
         getattr(transformers, head).from_config(config, dtype=torch.float32).save_pretrained(folder)
         for file in Path(tokenizer).glob("*token*"):
@@ -171,7 +177,7 @@ def grpo_case(shape, path, model, prompts, group, steps, length) -> Training:
     rows = fitting_rows(path, {"prompt": "prompt"}, model, prompts * steps, 400)
     batch = prompts * group
     flags = {"reward": (f"{__file__}:count_e",), "num_generations": group, "max_new_tokens": length,
-             "total_episodes": batch * steps, "eval_samples": 2, "kl_coef": 0.04}
+             "eval_samples": 2, "kl_coef": 0.04}
     config = {"num_generations": group, "max_completion_length": length, "temperature": 1.0, "top_p": 1.0,
               "top_k": 0, "loss_type": "grpo", "scale_rewards": "group", "epsilon": 0.2, "beta": 0.04,
               "use_bias_correction_kl": False}
@@ -238,7 +244,8 @@ def cases_of(args: Args, folder: Path) -> dict[str, Callable]:
             "stories260K; tinystories, 16 rows", there(data / "tinystories.train.jsonl"), DEMONSTRATION,
             stories(), 16, steps, 512),
         "dpo, hh_harmless": lambda: dpo_case(
-            f"{small}; hh_harmless, 8 pairs", there(data / "hh_harmless.train.jsonl"), qwen(), 8, steps, 1024),
+            f"{small}; hh_harmless, 8 pairs", there(data / "hh_harmless.train.jsonl"), qwen(), 8, steps,
+            1024),
         "reward model, hh_harmless": lambda: reward_case(
             f"{small}; hh_harmless, 8 pairs", there(data / "hh_harmless.train.jsonl"), classifier(), 8, steps,
             1024),
@@ -268,19 +275,37 @@ def repeated(prompts: list[list[int]], group: int) -> list[list[int]]:
 
 # ---- Contenders ----
 
-FULL = {"bf16": False, "gradient_checkpointing": False}  # fp32, nothing recomputed
+FP32 = {"bf16": False, "gradient_checkpointing": False}
+FP32_DPO = FP32 | {"precompute_ref_log_probs": True}
+SETTINGS = {  # of TRL's config by script, and of `generate`; parts: micro-batches of a step, 0 for one a row
+    "sft": {"fp32": FP32, "single rows": FP32 | {"parts": 0}, "default": {}},
+    "dpo": {"fp32": FP32_DPO, "single rows": FP32_DPO | {"parts": 0}, "default": {}},
+    "reward_model": {"fp32": FP32, "single rows": FP32 | {"parts": 0}, "default": {}},
+    "grpo": {"fp32": FP32, "default": {}},
+    "generate": {"static cache": {"cache_implementation": "static"}, "default": {}}}
 EAGER = {"model_init_kwargs": {"attn_implementation": "eager"}}
-OPTIONS = {  # of TRL that were tried for its best setting, by script
-    "sft": {"fp32": FULL, "eager attention": FULL | EAGER, "4 micro-batches": FULL | {"parts": 4},
-            "padding_free": FULL | {"padding_free": True, "max_length": None}},
-    "dpo": {"fp32": FULL | {"precompute_ref_log_probs": True},
-            "eager attention": FULL | EAGER | {"precompute_ref_log_probs": True},
-            "2 micro-batches": FULL | {"parts": 2, "precompute_ref_log_probs": True}},
-    "reward_model": {"fp32": FULL, "eager attention": FULL | EAGER, "2 micro-batches": FULL | {"parts": 2}},
-    "grpo": {"fp32": FULL, "eager attention": FULL | EAGER, "2 micro-batches": FULL | {"parts": 2},
-             "static cache": FULL | {"cache_implementation": "static"}}}
-GENERATE = {"dynamic cache": {}, "static cache": {"cache_implementation": "static"},
-            "eager attention": {"attn_implementation": "eager"}}
+MORE = {
+    "sft": {"eager attention": FP32 | EAGER, "4 micro-batches": FP32 | {"parts": 4},
+            "padding_free": FP32 | {"padding_free": True, "max_length": None},
+            "bf16, single rows": {"gradient_checkpointing": False, "parts": 0}},
+    "dpo": {"eager attention": FP32_DPO | EAGER, "4 micro-batches": FP32_DPO | {"parts": 4},
+            "bf16, single rows": FP32_DPO | {"bf16": True, "parts": 0}},
+    "reward_model": {"eager attention": FP32 | EAGER, "4 micro-batches": FP32 | {"parts": 4},
+                     "bf16, single rows": {"gradient_checkpointing": False, "parts": 0}},
+    "grpo": {"eager attention": FP32 | EAGER, "4 micro-batches": FP32 | {"parts": 4},
+             "static cache": FP32 | {"cache_implementation": "static"},
+             "bf16": {"gradient_checkpointing": False}},
+    "generate": {"eager attention": {"attn_implementation": "eager"}}}
+OURS = {"ours": {}}
+MORE_OURS = {"ours, single rows": {"micro_batch_size": 1}, "ours, bf16": {"dtype": "bfloat16"}}
+
+
+def settings_of(case, all_options: bool) -> tuple[dict, dict]:
+    """(settings of ours, of the peer) for a case: name -> options."""
+    kind = "generate" if isinstance(case, Sampling) else case.script
+    if not all_options:
+        return OURS, SETTINGS[kind]
+    return OURS | (MORE_OURS if kind != "generate" else {}), SETTINGS[kind] | MORE[kind]
 
 
 def now() -> tuple[float, float]:
@@ -298,16 +323,15 @@ def clock():
         handle.remove()
 
 
-@contextlib.contextmanager
 def silence():
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def durations(stamps: list[tuple[float, float]]) -> dict[str, list[float]]:
-    """Milliseconds on the wall and of the CPU between neighbours, without what came before the first one."""
-    pairs = list(zip(stamps, stamps[1:]))
-    return {"wall_ms": [1e3 * (b[0] - a[0]) for a, b in pairs], "cpu_ms": [1e3 * (b[1] - a[1]) for a, b in pairs]}
+    """Milliseconds between neighbours, on the wall and of the CPU."""
+    wall, cpu = zip(*stamps)
+    between = lambda x: [1e3 * (b - a) for a, b in zip(x, x[1:])]
+    return {"wall_ms": between(wall), "cpu_ms": between(cpu)}
 
 
 def write_rows(path: str, rows: list[dict]) -> str:
@@ -322,22 +346,17 @@ def train_ours(case: Training, steps: int, folder: str, options: dict) -> dict:
     os.makedirs(folder)
     data = {"dataset": write_rows(f"{folder}/rows.jsonl", rows),
             "eval_dataset": write_rows(f"{folder}/held_out.jsonl", rows[:1])}
+    length = {"warmup_steps": 0, "num_train_epochs": 1}  # of the run: one pass
+    if case.script == "grpo":
+        length = {"total_episodes": steps * case.batch_size}
     args = script.Args(
         model=case.model, output_dir=f"{folder}/run", device="cpu", seed=SEED, eval_every=0, save_every=0,
-        batch_size=case.batch_size, learning_rate=LEARNING_RATE, **data, **case.flags, **options)
-    for name, value in {"warmup_steps": 0, "num_train_epochs": 1}.items():
-        if hasattr(args, name):
-            setattr(args, name, value)
-    if case.script == "grpo":
-        args.total_episodes = steps * case.batch_size
+        batch_size=case.batch_size, learning_rate=LEARNING_RATE, **data, **length, **case.flags, **options)
     with clock() as stamps, silence():
         script.main(args)
     log = [row for row in read_rows(f"{folder}/run/metrics.jsonl") if "loss" in row]
     name = "completions/mean_length" if case.script == "grpo" else "loss"
     return {**durations(stamps), "check": mean(row[name] for row in log)}
-
-
-LEARNING_RATE = 1e-4  # falls linearly to 0
 
 
 def train_trl(case: Training, steps: int, folder: str, options: dict) -> dict:
@@ -346,7 +365,7 @@ def train_trl(case: Training, steps: int, folder: str, options: dict) -> dict:
     from datasets import Dataset
 
     options = dict(options)
-    parts = options.pop("parts", 1)
+    parts = options.pop("parts", 1) or case.batch_size
     rows = case.rows[: steps * case.batch_size // case.group]
     rows = [rows[i] for i in shuffled(len(rows), SEED, 0)]  # the order of the scripts
     extra, lengths = {}, []
@@ -357,17 +376,18 @@ def train_trl(case: Training, steps: int, folder: str, options: dict) -> dict:
 
     if case.script == "grpo":
         extra["reward_funcs"] = reward
+        order = {"shuffle_dataset": False}
+    else:
+        order = {"train_sampling_strategy": "sequential"}
     config = getattr(trl, f"{TRAINERS[case.script]}Config")(
         output_dir=folder, seed=SEED, max_steps=steps, per_device_train_batch_size=case.batch_size // parts,
         gradient_accumulation_steps=parts, learning_rate=LEARNING_RATE, lr_scheduler_type="linear",
         warmup_steps=0, weight_decay=0.0, optim="adamw_torch_fused", adam_beta2=0.999, max_grad_norm=1.0,
         use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
-        **({} if case.script == "grpo" else {"train_sampling_strategy": "sequential"}),
-        **({"shuffle_dataset": False} if case.script == "grpo" else {}), **(case.config | options))
-    trainer = getattr(trl, f"{TRAINERS[case.script]}Trainer")(
-        model=case.model, args=config, train_dataset=Dataset.from_list(rows), **extra)
-    trainer.remove_callback(transformers.PrinterCallback)
-    with clock() as stamps, silence():
+        **order, **(case.config | options))
+    make = getattr(trl, f"{TRAINERS[case.script]}Trainer")
+    with clock() as stamps, silence(), contextlib.redirect_stderr(io.StringIO()):  # summaries, bars
+        trainer = make(model=case.model, args=config, train_dataset=Dataset.from_list(rows), **extra)
         result = trainer.train()
     return {**durations(stamps), "check": mean(lengths) if lengths else result.training_loss}
 
@@ -385,7 +405,8 @@ class Sampler:
                 check_model(model, self.case.prompts)
             self.loaded[kind] = model.eval(), eos_ids
         elif kind not in self.loaded:
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.case.model, attn_implementation=kind)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self.case.model, attn_implementation=kind)
             self.loaded[kind] = model.eval(), None
         return self.loaded[kind]
 
@@ -420,78 +441,82 @@ class Sampler:
 
 
 class Contenders:
-    """run(who, options, number) of a case, whichever kind it is."""
+    """A case with all that run on it: run(name, options)."""
 
-    def __init__(self, case, folder: Path, steps: int):
-        self.case, self.folder, self.steps, self.number = case, folder, steps, 0
+    def __init__(self, case, folder: Path):
+        self.case, self.folder, self.runs = case, folder, 0
         self.sampler = Sampler(case) if isinstance(case, Sampling) else None
-        self.options = GENERATE if self.sampler else OPTIONS[case.script]
 
-    def run(self, who: str, options: dict, steps: int = 0) -> dict:
+    def run(self, name: str, options: dict, steps: int) -> dict:
+        """wall_ms and cpu_ms of each step or sample, and a number to check that all do the same work."""
         gc.collect()
-        self.number += 1
-        if self.sampler and who == "ours":
-            return self.sampler.ours(self.number)
+        self.runs += 1
+        is_ours = name.startswith("ours")
         if self.sampler:
-            return self.sampler.generate(self.number, options)
-        train = train_ours if who == "ours" else train_trl
-        folder = f"{self.folder}/run-{os.getpid()}-{self.number}"
-        result = train(self.case, steps or self.steps, folder, options)
-        shutil.rmtree(folder, ignore_errors=True)
-        return result
+            return self.sampler.ours(self.runs) if is_ours else self.sampler.generate(self.runs, options)
+        folder = f"{self.folder}/run-{os.getpid()}-{self.runs}"
+        train = train_ours if is_ours else train_trl
+        try:
+            return train(self.case, steps, folder, options)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- Measurements ----
 
 
-def measure(args: Args, name: str, contenders: Contenders, peer: bool) -> dict:
-    """Times of all contenders of a case over rounds, and what was tried for the peer's best setting."""
-    tried, best = {}, next(iter(contenders.options))
-    if peer and not args.quick:
-        for label, options in contenders.options.items():
-            run = contenders.run("best", options, steps=2)
-            tried[label] = {"cpu_ms": median(run["cpu_ms"]), "check": run["check"]}
-        best = min(tried, key=lambda label: tried[label]["cpu_ms"])
-    options = {"ours": {}, "best": contenders.options[best], "default": {}}
-    who = [x for x in WHO if peer or x == "ours"]
-    runs = {x: [] for x in who}
+def measure(args: Args, contenders: Contenders, has_trl: bool) -> dict:
+    """Times of all settings of a case over the rounds, ratios to ours, and which other one is best."""
+    ours, theirs = settings_of(contenders.case, args.all_options)
+    has_peer = has_trl or contenders.sampler is not None
+    settings = ours | theirs if has_peer else ours
+    names, runs = list(settings), {name: [] for name in settings}
     for turn in range(args.rounds):
-        for x in who[turn % len(who):] + who[: turn % len(who)]:
-            runs[x].append(contenders.run(x, options[x]))
-    result = {"shape": contenders.case.shape, "best_setting": best if peer else None, "tried": tried}
-    for x in who:
-        times = {key: median(ms for run in runs[x] for ms in run[key]) for key in ("cpu_ms", "wall_ms")}
-        result[x] = {**times, "check": mean(run["check"] for run in runs[x]), "runs": runs[x]}
-    for x in who[1:]:
-        for key in ("cpu_ms", "wall_ms"):
-            ratios = [sum(a[key]) / sum(b[key]) for a, b in zip(runs[x], runs["ours"])]
-            result[x][f"{key[:-3]}_ratio"] = [median(ratios), min(ratios), max(ratios)]
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            runs[name].append(contenders.run(name, settings[name], args.steps))
+    result = {"shape": contenders.case.shape, "best": None, "settings": {}}
+    for name in names:
+        row = result["settings"][name] = {"check": mean(run["check"] for run in runs[name])}
+        for key in ("cpu", "wall"):
+            times = [run[f"{key}_ms"] for run in runs[name]]  # of each round
+            row[f"{key}_ms"] = median(sum(times, []))
+            row[f"{key}_ms_of_rounds"] = times
+            own = [run[f"{key}_ms"] for run in runs["ours"]]
+            ratios = [sum(a) / sum(b) for a, b in zip(times, own)]
+            row[f"{key}_ratio"] = [median(ratios), min(ratios), max(ratios)]
+    if has_peer:
+        result["best"] = min(theirs, key=lambda name: result["settings"][name]["cpu_ms"])
     return result
 
 
+def disagreement(case, row: dict) -> str:
+    """What is wrong if losses differ more than bf16 explains, or mean lengths of samples more than chance."""
+    tolerance = 0.01 if isinstance(case, Training) and case.script != "grpo" else 0.2
+    own = row["settings"]["ours"]["check"]
+    others = {name: x["check"] for name, x in row["settings"].items()}
+    wrong = {name: x for name, x in others.items() if not abs(x - own) <= tolerance * abs(own)}
+    return f"loss or length of ours is {own}, but of others {wrong}" if wrong else ""
+
+
 def measure_alone(args: Args) -> None:
-    """The child's part of measure_memory: one run in this process, its memory as JSON on the last line."""
-    name, who, label = json.loads(args.child)
-    contenders = Contenders(cases_of(args, Path(args.folder))[name](), Path(args.folder), 2)
-    options = contenders.options[label] if who == "best" else {}
-    if who != "ours" and not contenders.sampler:
-        import trl  # noqa: F401
-    gc.collect()
-    before = resident("VmRSS")
-    contenders.run(who, options)
-    print(json.dumps({"peak": resident("VmHWM"), "before": before}))
+    """The child's part of `memory_of`: one run in this process; prints its memory as JSON."""
+    case_name, name, options = json.loads(args.child)
+    contenders = Contenders(cases_of(args, Path(args.folder))[case_name](), Path(args.folder))
+    contenders.run(name, options, 2)
+    print(json.dumps(resident("VmHWM")))
 
 
-def measure_memory(args: Args, folder: Path, name: str, who: str, label: str | None) -> dict | None:
-    """Bytes of the largest resident set of a process with this contender alone, and of that before its run."""
-    command = [sys.executable, __file__, "--child", json.dumps([name, who, label]), "--folder", str(folder),
-               "--shared", args.shared]
-    if args.quick:
-        command.append("--quick")
-    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if process.returncode:
-        print(f"{name}, {who}: no memory: {process.stderr.strip().splitlines()[-1:]}")
+def memory_of(args: Args, folder: Path, case_name: str, name: str, options: dict) -> int | None:
+    """Bytes of the largest resident set of a process in which this contender runs alone. None: not Linux."""
+    if not Path("/proc/self/status").exists():
         return None
+    command = [sys.executable, __file__, "--child", json.dumps([case_name, name, options]), "--folder",
+               str(folder), "--shared", args.shared, *(["--quick"] if args.quick else [])]
+    process = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if process.returncode:
+        fail(f"memory of {case_name}, {name}: {process.stderr[-500:]}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -508,8 +533,8 @@ import sys
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 data = load_dataset("json", data_files="data/demonstrations.jsonl", split="train")
-config = SFTConfig(output_dir=sys.argv[2], per_device_train_batch_size=64, num_train_epochs=4, learning_rate=6e-3,
-                   warmup_steps=30, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[])
+config = SFTConfig(output_dir=sys.argv[2], per_device_train_batch_size=64, num_train_epochs=4,
+                   learning_rate=6e-3, warmup_steps=30, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[])
 SFTTrainer(model=sys.argv[1], args=config, train_dataset=data).train()
 """
 
@@ -528,30 +553,33 @@ def seconds_to_first_step(*command: str, **environment: str) -> dict:
     return {"cpu_s": usage.ru_utime + usage.ru_stime, "wall_s": wall}
 
 
-def measure_first_step(args: Args, folder: Path, peer: bool) -> dict:
-    """CPU seconds from the command to the first step of SFT on the embedded world, from the same weights."""
-    model = world_model(folder / "start", False)
-    script = folder / "trl_sft.py"
+def measure_first_step(args: Args, folder: Path, has_trl: bool) -> dict:
+    """Seconds from the command to the first step of SFT on the embedded world, from the same weights."""
+    model, script = world_model(folder / "start", False), folder / "trl_sft.py"
     script.write_text(TRL_SCRIPT)
-    runs = {"ours": [], "best": []} if peer else {"ours": []}
+    runs = {"ours": [], "trl": []} if has_trl else {"ours": []}
     for turn in range(args.rounds + 1):
         for who in runs:
             output = str(folder / f"first-{who}-{turn}")
             command = ["sft.py", "--model", model, "--output-dir", output]
-            if who == "best":
+            if who == "trl":
                 command = [str(script), model, output]
-            runs[who].append(seconds_to_first_step(*command, HF_HOME=str(folder / "cache")))
+            seconds = seconds_to_first_step(*command, HF_HOME=str(folder / "cache"), HF_HUB_OFFLINE="1")
+            runs[who].append(seconds)
     result = {}
-    for who, rows in runs.items():
-        rows = rows[1:]  # the first one filled caches
-        result[who] = {key: median(row[key] for row in rows) for key in ("cpu_s", "wall_s")} | {"runs": rows}
-    if peer:
-        ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(runs["best"][1:], runs["ours"][1:])]
+    for who in runs:
+        rows = runs[who][1:]  # the first one filled caches
+        result[who] = {key: median(row[key] for row in rows) for key in rows[0]} | {"runs": rows}
+    if has_trl:
+        ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(runs["trl"][1:], runs["ours"][1:])]
         result["cpu_ratio"] = [median(ratios), min(ratios), max(ratios)]
     return result
 
 
 # ---- Report ----
+
+HEAD = (f"{'milliseconds: CPU, wall':25} {'ours':>13} {'best':>13} {'default':>13} {'best / ours':>18} "
+        f"{'default / ours':>18}   peak RSS, MB: ours, best")
 
 
 def spread(ratio: list[float]) -> str:
@@ -559,82 +587,107 @@ def spread(ratio: list[float]) -> str:
 
 
 def report(name: str, row: dict) -> None:
-    """A line of the table, and below it the setting that was best and what both computed."""
+    """A line of the table; below it what was run, and CPU milliseconds and checks of every setting."""
     if "skipped" in row:
-        print(f"{name:26}skipped: {row['skipped']}", flush=True)
+        print(f"{name:25} skipped: {row['skipped']}", flush=True)
         return
-    cells = [f"{name:26}"]
-    for who in WHO:
-        x = row.get(who)
-        cells.append(f"{x['cpu_ms']:8.0f} {x['wall_ms']:6.0f}" if x else f"{'-':>8} {'-':>6}")
-    for who in WHO[1:]:
-        cells.append(f"{spread(row[who]['cpu_ratio']) if who in row else '-':>17}")
+    settings = row["settings"]
+    columns = [settings.get(who) for who in ("ours", row["best"], "default")]
+    cells = [f"{name:25}"]
+    cells += [f"{x['cpu_ms']:6.0f} {x['wall_ms']:6.0f}" if x else f"{'-':>13}" for x in columns]
+    cells += [f"{spread(x['cpu_ratio']) if x else '-':>18}" for x in columns[1:]]
     memory = row.get("memory", {})
-    for who in WHO:
-        x = memory.get(who)
-        cells.append(f"{x['peak'] / 1e6:6.0f}" if x else f"{'-':>6}")
-    print(" ".join(cells), flush=True)
+    cells += [f"{memory[who] / 1e6:6.0f}" if memory.get(who) else f"{'-':>6}" for who in ("ours", "best")]
+    print(" ".join(cells))
+    print(f"    {row['shape']}; best: {row['best']}")
+    parts = [f"{who} {x['cpu_ms']:.0f} ms ({x['check']:.4g})" for who, x in settings.items()]
+    print(f"    with loss or length: {', '.join(parts)}", flush=True)
 
 
-def details(name: str, row: dict) -> None:
-    """What was run, the losses or lengths that have to agree, and what was tried."""
-    checks = ", ".join(f"{row[who]['check']:.4f}" for who in WHO if who in row)
-    tried = ", ".join(f"{label} {x['cpu_ms']:.0f} ({x['check']:.4f})" for label, x in row["tried"].items())
-    print(f"  {row['shape']}; {checks}; best: {row['best_setting']} of {tried}", flush=True)
+def report_first_step(result: dict) -> None:
+    line = "seconds to the first step, CPU and wall:"
+    for who in ("ours", "trl"):
+        if who in result:
+            line += f" {who} {result[who]['cpu_s']:.1f} {result[who]['wall_s']:.1f};"
+    if "cpu_ratio" in result:
+        line += f" TRL / ours {spread(result['cpu_ratio'])}"
+    print(line, flush=True)
+
+
+def write_result(output: str, result: dict, keep: bool) -> None:
+    """Five digits, a line a case. keep: also the cases that the file has and this run has not."""
+    path = Path(output)
+    if keep and path.exists():
+        old = json.loads(path.read_text())
+        if old["versions"] == result["versions"]:
+            result["cases"] = old["cases"] | result["cases"]
+            result["first_step"] = result["first_step"] or old["first_step"]
+    rounded = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
+    cases = rounded.pop("cases").items()
+    cases = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in cases)
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in rounded.items()]
+    path.write_text("{" + ",\n".join(lines) + ',\n"cases": {\n' + cases + "}}\n")
 
 
 def main(args: Args) -> dict:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # TRL and transformers announce their own changes
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.quick:
-        args.rounds, args.steps, args.memory, args.first_step = 1, 3, False, False
-    if args.child:
-        measure_alone(args)
-        return {}
+        args = replace(args, rounds=1, memory=False)
+    if min(args.rounds, args.steps - 1) < 1:
+        fail("--rounds must be at least 1 and --steps at least 2: the first one is warm-up")
     has_trl = version("trl") is not None and version("datasets") is not None
-    if has_trl:
-        import datasets
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary:
+        warnings.simplefilter("ignore")  # TRL and transformers announce their own changes
+        if has_trl:
+            import datasets
 
-        datasets.disable_progress_bars()
-    machine = hardware("cpu")
+            datasets.disable_progress_bars()
+        if args.child:
+            return measure_alone(args) or {}
+        return measure_all(args, Path(temporary), has_trl)
+
+
+def measure_all(args: Args, folder: Path, has_trl: bool) -> dict:
+    machine, began = hardware("cpu"), os.times()
     versions = {name: version(name) for name in ("torch", "transformers", "trl")}
     print(f"{machine['cpu']}, {machine['cores']} cores, 1 thread; "
           + ", ".join(f"{name} {number or '-'}" for name, number in versions.items()))
-    print(f"{'milliseconds, CPU and wall':26} {'ours':>15} {'TRL, best':>15} {'TRL, default':>15} "
-          f"{'best / ours':>17} {'default / ours':>17}   peak RSS, MB", flush=True)
-    started = time.process_time()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        rows, first_step = {}, None
-        for name, make in cases_of(args, folder).items():
-            if args.cases and name not in args.cases:
-                continue
-            try:
-                contenders = Contenders(make(), folder, args.steps)
-            except FileNotFoundError as error:
-                rows[name] = {"skipped": str(error)}
-                report(name, rows[name])
-                continue
-            peer = has_trl or contenders.sampler is not None
-            row = rows[name] = measure(args, name, contenders, peer)
-            del contenders
-            if args.memory:
-                row["memory"] = {who: measure_memory(args, folder, name, who, row["best_setting"])
-                                 for who in WHO[:2] if who in row}
-            report(name, row)
-            details(name, row)
-        if args.first_step and (not args.cases or "first step" in args.cases):
-            first_step = measure_first_step(args, folder, has_trl)
-    if first_step:
-        print("first step:", json.dumps(first_step))
-    result = {"args": asdict(args), "hardware": machine | {"threads": 1, "load_average": os.getloadavg()[2]},
-              "versions": versions, "cases": rows, "first_step": first_step,
-              "cpu_seconds": time.process_time() - started}
-    print(f"{result['cpu_seconds']:.0f} CPU seconds")
+    print(HEAD, flush=True)
+    cases, first_step = {}, None
+    made = cases_of(args, folder)
+    if unknown := set(args.cases) - {*made, "first step"}:
+        fail(f"--cases {sorted(unknown)}: there are {', '.join(made)}, first step")
+    for name in args.cases or made:
+        if name == "first step":
+            continue
+        try:
+            contenders = Contenders(made[name](), folder)
+        except FileNotFoundError as error:
+            cases[name] = {"skipped": str(error)}
+            report(name, cases[name])
+            continue
+        row = cases[name] = measure(args, contenders, has_trl)
+        row["load_average"] = os.getloadavg()[0]
+        if args.memory:
+            row["memory"] = {"ours": memory_of(args, folder, name, "ours", {})}
+            if row["best"]:
+                _, theirs = settings_of(contenders.case, args.all_options)
+                options = theirs[row["best"]]
+                row["memory"]["best"] = memory_of(args, folder, name, row["best"], options)
+        report(name, row)
+        if wrong := disagreement(contenders.case, row):
+            fail(f"{name}: {wrong}")
+    if "first step" in args.cases or not (args.cases or args.quick):
+        first_step = measure_first_step(args, folder, has_trl)
+        report_first_step(first_step)
+    seconds = sum(os.times()[:4]) - sum(began[:4])  # children's too
+    print(f"{seconds:.0f} CPU seconds")
+    result = {"args": asdict(args), "hardware": machine, "versions": versions, "cpu_seconds": seconds,
+              "first_step": first_step, "cases": cases}
     if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.output, result, bool(args.cases))
     return result
 
 
