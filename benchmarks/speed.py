@@ -6,10 +6,11 @@
 Each case is a model and rows from which a script and TRL's trainer start alike: the same weights, the same
 rows in the same order in every step, the same optimizer and learning rates. The mean losses of both have to
 agree, and the benchmark ends with an error where they do not. Sampling is common.py's `sample` beside
-transformers' `generate`, from the same prompts. In one process with one thread of torch, contenders take turns,
-another one going first in each round:
+transformers' `generate`, from the same prompts. In one process with one thread of torch, contenders take
+turns, another one going first in each round:
 
-    ours           the script's main() with its own default of --micro-batch-size, or `sample`
+    ours           the script's main() with its own default of --micro-batch-size, or `sample`; beside it
+                   with --micro-batch-size 1
     fp32           TRL without bf16 and gradient checkpointing, which it switches on by default even on a CPU;
                    of DPO with the reference's log-probs computed once, before the first step
     single rows    the same, one row or pair at a time, gradients accumulated: nothing is padded
@@ -18,16 +19,16 @@ another one going first in each round:
 
 "Best" is the fastest of them that is not ours. --all-options adds what else TRL and ours offer.
 
-Time: a step is what lies between the ends of two optimizer steps, whatever the loop does there: data, sampling,
-losses, logging. The first one of a run is warm-up. CPU time of the process, which other jobs on the machine
-disturb less, beside time on the wall. A ratio is that of two runs of one round, over the same steps; the table
-has the median over rounds, the least and the largest one.
+Time: a step is what lies between the ends of two optimizer steps, whatever the loop does there: data,
+sampling, losses, logging. The first one of a run is warm-up. CPU time of the process, which other jobs on the
+machine disturb less, beside time on the wall. A ratio is that of two runs of one round, over the same steps;
+the table has the median over rounds, the least and the largest one.
 Memory: the largest resident set of a process of its own that imports what it needs and takes two steps.
 First step: CPU seconds of a whole process, from the command to the end of its first optimizer step, in SFT on
 the embedded world. sft.py evaluates the held-out rows before it, TRL does not.
 
-Cases on real data need a folder with them, --shared, and are skipped with a reason without it. Without TRL its
-columns stay empty. --cases runs some of the cases, and keeps what the file --output has of others.
+Cases on real data need a folder with them, --shared, and are skipped with a reason without it. Without TRL
+its columns stay empty. --cases runs some of the cases, and keeps what the file --output has of others.
 """
 
 import contextlib
@@ -106,6 +107,7 @@ class Sampling:
     prompts: list[list[int]]
     max_new_tokens: int
     ends: bool  # whether responses may end with an EOS
+    calls: int = 1  # of `sample` or `generate` in a run
 
 
 def save_model(folder: Path, kind: str, tokenizer: str, hidden: int, vocabulary: int, head: str) -> str:
@@ -114,8 +116,9 @@ def save_model(folder: Path, kind: str, tokenizer: str, hidden: int, vocabulary:
         torch.manual_seed(SEED)
         config = transformers.AutoConfig.for_model(
             kind, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden,
-            num_hidden_layers=4, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, max_position_embeddings=2048,
-            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1)
+            num_hidden_layers=4, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64,
+            max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+            pad_token_id=0, num_labels=1)
         getattr(transformers, head).from_config(config, dtype=torch.float32).save_pretrained(folder)
         for file in Path(tokenizer).glob("*token*"):
             shutil.copy(file, folder)
@@ -260,7 +263,7 @@ def cases_of(args: Args, folder: Path) -> dict[str, Callable]:
             story_prompts(stories(), 32, 8), 64, True),
         "sampling, embedded world": lambda: Sampling(
             "the model of sft.py; 32 prompts x 8 responses of at most 40", world(),
-            world_prompts(world(), 32, 8), 40, True)}
+            world_prompts(world(), 32, 8), 40, True, calls=6)}
 
 
 def prompts_of(model: str, rows: list[dict]) -> list[list[int]]:
@@ -296,16 +299,19 @@ MORE = {
              "static cache": FP32 | {"cache_implementation": "static"},
              "bf16": {"gradient_checkpointing": False}},
     "generate": {"eager attention": {"attn_implementation": "eager"}}}
-OURS = {"ours": {}}
-MORE_OURS = {"ours, single rows": {"micro_batch_size": 1}, "ours, bf16": {"dtype": "bfloat16"}}
 
 
 def settings_of(case, all_options: bool) -> tuple[dict, dict]:
     """(settings of ours, of the peer) for a case: name -> options."""
     kind = "generate" if isinstance(case, Sampling) else case.script
+    ours = {"ours": {}}
+    if kind in ("sft", "dpo", "reward_model"):
+        ours["ours, single rows"] = {"micro_batch_size": 1}
     if not all_options:
-        return OURS, SETTINGS[kind]
-    return OURS | (MORE_OURS if kind != "generate" else {}), SETTINGS[kind] | MORE[kind]
+        return ours, SETTINGS[kind]
+    if kind != "generate":
+        ours["ours, bf16"] = {"dtype": "bfloat16"}
+    return ours, SETTINGS[kind] | MORE[kind]
 
 
 def now() -> tuple[float, float]:
@@ -339,10 +345,20 @@ def write_rows(path: str, rows: list[dict]) -> str:
     return path
 
 
+def rows_of(case: Training, steps: int) -> list[dict]:
+    """What so many steps train on: no row twice."""
+    return case.rows[: steps * case.batch_size // case.group]
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    """As the scripts take them."""
+    return [rows[i] for i in shuffled(len(rows), SEED, 0)]
+
+
 def train_ours(case: Training, steps: int, folder: str, options: dict) -> dict:
     """Times of steps, and the mean of what `check` compares: the loss, or of grpo the length of responses."""
     script = SCRIPTS[case.script]
-    rows = case.rows[: steps * case.batch_size // case.group]
+    rows = rows_of(case, steps)
     os.makedirs(folder)
     data = {"dataset": write_rows(f"{folder}/rows.jsonl", rows),
             "eval_dataset": write_rows(f"{folder}/held_out.jsonl", rows[:1])}
@@ -366,8 +382,7 @@ def train_trl(case: Training, steps: int, folder: str, options: dict) -> dict:
 
     options = dict(options)
     parts = options.pop("parts", 1) or case.batch_size
-    rows = case.rows[: steps * case.batch_size // case.group]
-    rows = [rows[i] for i in shuffled(len(rows), SEED, 0)]  # the order of the scripts
+    rows = in_order(rows_of(case, steps))
     extra, lengths = {}, []
 
     def reward(prompts, completions, completion_ids, **columns):
@@ -414,7 +429,7 @@ class Sampler:
         model, eos_ids = self.load("ours")
         return eos_ids if self.case.ends else [model.config.vocab_size]  # an id that no sample has
 
-    def ours(self, seed: int) -> dict:
+    def ours(self, seed: int, options: dict) -> dict:
         (model, _), eos_ids = self.load("ours"), self.eos_ids()
         start = now()
         batch = sample(model, self.case.prompts, self.case.max_new_tokens, eos_ids, seed=seed)
@@ -453,7 +468,11 @@ class Contenders:
         self.runs += 1
         is_ours = name.startswith("ours")
         if self.sampler:
-            return self.sampler.ours(self.runs) if is_ours else self.sampler.generate(self.runs, options)
+            seeds = range(self.runs * self.case.calls, (self.runs + 1) * self.case.calls)
+            draw = self.sampler.ours if is_ours else self.sampler.generate
+            results = [draw(seed, options) for seed in seeds]
+            times = {key: sum((x[key] for x in results), []) for key in ("wall_ms", "cpu_ms")}
+            return {**times, "check": mean(x["check"] for x in results)}
         folder = f"{self.folder}/run-{os.getpid()}-{self.runs}"
         train = train_ours if is_ours else train_trl
         try:
@@ -534,7 +553,8 @@ from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 data = load_dataset("json", data_files="data/demonstrations.jsonl", split="train")
 config = SFTConfig(output_dir=sys.argv[2], per_device_train_batch_size=64, num_train_epochs=4,
-                   learning_rate=6e-3, warmup_steps=30, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[])
+                   learning_rate=6e-3, warmup_steps=30, bf16=False, gradient_checkpointing=False,
+                   use_cpu=True, report_to=[])
 SFTTrainer(model=sys.argv[1], args=config, train_dataset=data).train()
 """
 
@@ -586,6 +606,18 @@ def spread(ratio: list[float]) -> str:
     return "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
 
 
+def cells_of(row: dict) -> list[str]:
+    """A case's line of README.md's table, without its name: CPU milliseconds (wall), ratios, megabytes."""
+    settings, memory = row["settings"], row["memory"]
+    cells = []
+    for names in (["ours"], ["ours, single rows"], ["fp32"], ["single rows", "static cache"], ["default"]):
+        found = [settings[who] for who in names if who in settings]
+        cells += [f"{x['cpu_ms']:.0f} ({x['wall_ms']:.0f})" for x in found] or [""]
+    cells += [spread(settings[who]["cpu_ratio"]) for who in (row["best"], "default")]
+    cells += [f"{memory[who] / 1e6:.0f}" if who in memory else "" for who in ("ours", "fp32", row["best"])]
+    return cells
+
+
 def report(name: str, row: dict) -> None:
     """A line of the table; below it what was run, and CPU milliseconds and checks of every setting."""
     if "skipped" in row:
@@ -597,7 +629,8 @@ def report(name: str, row: dict) -> None:
     cells += [f"{x['cpu_ms']:6.0f} {x['wall_ms']:6.0f}" if x else f"{'-':>13}" for x in columns]
     cells += [f"{spread(x['cpu_ratio']) if x else '-':>18}" for x in columns[1:]]
     memory = row.get("memory", {})
-    cells += [f"{memory[who] / 1e6:6.0f}" if memory.get(who) else f"{'-':>6}" for who in ("ours", "best")]
+    peaks = [memory.get(who) for who in ("ours", row["best"])]
+    cells += [f"{peak / 1e6:6.0f}" if peak else f"{'-':>6}" for peak in peaks]
     print(" ".join(cells))
     print(f"    {row['shape']}; best: {row['best']}")
     parts = [f"{who} {x['cpu_ms']:.0f} ms ({x['check']:.4g})" for who, x in settings.items()]
@@ -616,7 +649,7 @@ def report_first_step(result: dict) -> None:
 
 def write_result(output: str, result: dict, keep: bool) -> None:
     """Five digits, a line a case. keep: also the cases that the file has and this run has not."""
-    path = Path(output)
+    path, result = Path(output), dict(result)
     if keep and path.exists():
         old = json.loads(path.read_text())
         if old["versions"] == result["versions"]:
@@ -671,11 +704,11 @@ def measure_all(args: Args, folder: Path, has_trl: bool) -> dict:
         row = cases[name] = measure(args, contenders, has_trl)
         row["load_average"] = os.getloadavg()[0]
         if args.memory:
-            row["memory"] = {"ours": memory_of(args, folder, name, "ours", {})}
-            if row["best"]:
-                _, theirs = settings_of(contenders.case, args.all_options)
-                options = theirs[row["best"]]
-                row["memory"]["best"] = memory_of(args, folder, name, row["best"], options)
+            ours, theirs = settings_of(contenders.case, args.all_options)
+            row["memory"] = {}
+            for who in ("ours", "fp32", row["best"]):
+                if who in row["settings"] and who not in row["memory"]:
+                    row["memory"][who] = memory_of(args, folder, name, who, (ours | theirs)[who])
         report(name, row)
         if wrong := disagreement(contenders.case, row):
             fail(f"{name}: {wrong}")
