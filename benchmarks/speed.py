@@ -256,8 +256,8 @@ def cases_of(args: Args, folder: Path) -> dict[str, Callable]:
             "stories260K; 16 prompts of tinystories x 8 responses of 64 tokens",
             there(data / "tinystories.train.jsonl"), stories(), 16, 8, steps, 64),
         "sampling, 32k vocabulary": lambda: Sampling(
-            "Llama, 4 layers of 256, vocabulary 32000; 32 prompts of 16 to 48 tokens x 8 responses of 24",
-            llama(), random_prompts(32, 8), 24, False),
+            "Llama, 4 layers of 256, vocabulary 32000; 32 prompts of 16 to 48 tokens x 8 responses of 16",
+            llama(), random_prompts(32, 8), 16, False),
         "sampling, stories": lambda: Sampling(
             "stories260K; 32 prompts of tinystories x 8 responses of at most 64", stories(),
             story_prompts(stories(), 32, 8), 64, True),
@@ -578,7 +578,7 @@ def measure_first_step(args: Args, folder: Path, has_trl: bool) -> dict:
     model, script = world_model(folder / "start", False), folder / "trl_sft.py"
     script.write_text(TRL_SCRIPT)
     runs = {"ours": [], "trl": []} if has_trl else {"ours": []}
-    for turn in range(args.rounds + 1):
+    for turn in range(args.rounds):
         for who in runs:
             output = str(folder / f"first-{who}-{turn}")
             command = ["sft.py", "--model", model, "--output-dir", output]
@@ -588,10 +588,10 @@ def measure_first_step(args: Args, folder: Path, has_trl: bool) -> dict:
             runs[who].append(seconds)
     result = {}
     for who in runs:
-        rows = runs[who][1:]  # the first one filled caches
+        rows = runs[who][1:] or runs[who]  # the first one filled caches
         result[who] = {key: median(row[key] for row in rows) for key in rows[0]} | {"runs": rows}
     if has_trl:
-        ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(runs["trl"][1:], runs["ours"][1:])]
+        ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(result["trl"]["runs"], result["ours"]["runs"])]
         result["cpu_ratio"] = [median(ratios), min(ratios), max(ratios)]
     return result
 
@@ -632,7 +632,7 @@ def report(name: str, row: dict) -> None:
     peaks = [memory.get(who) for who in ("ours", row["best"])]
     cells += [f"{peak / 1e6:6.0f}" if peak else f"{'-':>6}" for peak in peaks]
     print(" ".join(cells))
-    print(f"    {row['shape']}; best: {row['best']}")
+    print(f"    {row['shape']}; best: {row['best']}; measured in {row['cpu_seconds']:.0f} CPU seconds")
     parts = [f"{who} {x['cpu_ms']:.0f} ms ({x['check']:.4g})" for who, x in settings.items()]
     print(f"    with loss or length: {', '.join(parts)}", flush=True)
 
@@ -683,7 +683,7 @@ def main(args: Args) -> dict:
 
 
 def measure_all(args: Args, folder: Path, has_trl: bool) -> dict:
-    machine, began = hardware("cpu"), os.times()
+    machine = hardware("cpu")
     versions = {name: version(name) for name in ("torch", "transformers", "trl")}
     print(f"{machine['cpu']}, {machine['cores']} cores, 1 thread; "
           + ", ".join(f"{name} {number or '-'}" for name, number in versions.items()))
@@ -695,6 +695,7 @@ def measure_all(args: Args, folder: Path, has_trl: bool) -> dict:
     for name in args.cases or made:
         if name == "first step":
             continue
+        began = os.times()
         try:
             contenders = Contenders(made[name](), folder)
         except FileNotFoundError as error:
@@ -709,16 +710,15 @@ def measure_all(args: Args, folder: Path, has_trl: bool) -> dict:
             for who in ("ours", "fp32", row["best"]):
                 if who in row["settings"] and who not in row["memory"]:
                     row["memory"][who] = memory_of(args, folder, name, who, (ours | theirs)[who])
+        row["cpu_seconds"] = sum(os.times()[:4]) - sum(began[:4])  # children's too
         report(name, row)
         if wrong := disagreement(contenders.case, row):
             fail(f"{name}: {wrong}")
     if "first step" in args.cases or not (args.cases or args.quick):
         first_step = measure_first_step(args, folder, has_trl)
         report_first_step(first_step)
-    seconds = sum(os.times()[:4]) - sum(began[:4])  # children's too
-    print(f"{seconds:.0f} CPU seconds")
-    result = {"args": asdict(args), "hardware": machine, "versions": versions, "cpu_seconds": seconds,
-              "first_step": first_step, "cases": cases}
+    result = {"args": asdict(args), "hardware": machine, "versions": versions, "first_step": first_step,
+              "cases": cases}
     if args.output:
         write_result(args.output, result, bool(args.cases))
     return result
