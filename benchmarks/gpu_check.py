@@ -123,6 +123,7 @@ class Step:
         import torch
 
         self.tiny, self.work = args.tiny, Path(args.output_dir)
+        self.generator = torch.Generator().manual_seed(0)  # of the rows' words
         self.file = self.work / f"{args.step}.json"
         self.results = {}
         self.device = "cpu" if args.tiny else "cuda"
@@ -423,9 +424,11 @@ def rollouts(step):
 
 
 def text(step, n):
-    """About n tokens of the embedded world's vocabulary."""
+    """About n tokens of the embedded world's vocabulary, at random: what rows share is computed once."""
+    import torch
+
     words = "the acting was superb and i loved plot music cast it overall seemed".split()
-    return " ".join((words * (1 + n // len(words)))[: max(n, 1)])
+    return " ".join(words[i] for i in torch.randint(len(words), (max(n, 1),), generator=step.generator))
 
 
 def training(step, name, num_steps, **flags):
