@@ -458,7 +458,7 @@ class RowsCache(Rows):
                 x = F.pad(x.transpose(1, 2), (0, 0, 0, self.seen.shape[1] - x.shape[1]))
                 self.layers[layer].append(x)
             return super().attend(layer, query, key, value, scale, window)
-        last = self.last[:, None, None]
+        last = self.last[:, None, None]  # (B, 1, 1, 1)
         for memory, x in zip(self.layers[layer], (key, value)):
             memory.scatter_(2, last.expand(x.shape), x)
         k, v = (memory[:, :, : self.span] for memory in self.layers[layer])
@@ -489,13 +489,11 @@ def draw(z, noise):
     wanted = noise * total
     block = torch.searchsorted(ends, wanted[:, None], right=True).squeeze(1)
     block = block.clamp(max=ends.shape[1] - 1)
-    mass = masses[row, block]
-    share = (wanted - ends[row, block]) / mass + 1  # of the block that is passed
+    share = (wanted - ends[row, block]) / masses[row, block] + 1  # of the block that is passed
     inner = blocks[row, block].double().cumsum(1)  # (B, 64)
     wanted = share[:, None] * inner[:, -1:]
     place = torch.searchsorted(inner, wanted, right=True).squeeze(1)
-    token = 64 * block + place
-    token = token.clamp(max=V - 1)
+    token = (64 * block + place).clamp(max=V - 1)
     logp = (p[row, token] / total).log()
     return token, logp.to(z.dtype)
 
@@ -905,7 +903,8 @@ def self_test(model, rows):
         scored = sequence_logprobs(model, ids, inside)
         for row, end in enumerate(ends):
             logits = model(input_ids=ids[row : row + 1, :end]).logits[0, :-1].float()
-            own = -F.cross_entropy(logits, ids[row, 1:end], reduction="none")
+            tokens = ids[row, 1:end]
+            own = -F.cross_entropy(logits, tokens, reduction="none")
             gaps.append(own - scored[row, 1:end])
             gap = own - sampled[row, 1:end]
             gaps.append(gap[mask[row, 1:end]])
