@@ -36,9 +36,6 @@ from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig)
 
 warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable")  # transformers 5.17 has no other name
-TEXTS = "prompt completion chosen rejected messages text".split()  # columns that the scripts read
-MEDIA = "image images video videos audio audios".split()  # and cannot read
-WRITTEN_LIST = re.compile(r"\s*\[\s*{\s*.(role|from|content|value)\b")  # of messages, in a string
 KEEP_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # token_logprobs keeps up to so much for the backward pass
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 LOOK = {"cpu": 1, "cuda": 16}  # steps of the sampler from one look at which rows have ended to the next
@@ -220,11 +217,10 @@ class Rows:
 
     def forward(self, model, ids, positions):
         """Last hidden states. With a mask of four dimensions transformers makes none of its own."""
-        no_mask = ids.new_ones(1, 1, 1, 1)
         out = model.base_model(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=no_mask,
+            attention_mask=ids.new_ones(1, 1, 1, 1),
             use_cache=False,
             rows=self)
         return out.last_hidden_state
@@ -259,28 +255,6 @@ class Rows:
 def has_rows(model):
     """Whether this model's layers attend as `Rows` say, which `use_rows` lets them do."""
     return model.config._attn_implementation == "rows"
-
-def use_rows(model):
-    """Let layers attend as `Rows` say, if there are some. Some models err then: see check_model."""
-    from transformers import AttentionInterface, AttentionMaskInterface  # not above: this takes a second
-    sdpa = AttentionInterface()["sdpa"]
-    sdpa_mask = AttentionMaskInterface()["sdpa"]
-    def attention(module, query, key, value, mask, rows=None, **options):
-        if rows is None:
-            return sdpa(module, query, key, value, mask, **options)
-        for name in ("softcap", "s_aux", "position_bias"):
-            if options.get(name) is not None:
-                raise NotImplementedError(name)
-        if options["dropout"]:
-            raise NotImplementedError("dropout")
-        window = options.get("sliding_window") or 0
-        qkv = _autocast(query, key, value)  # some rotary embeddings are fp32
-        output = rows.attend(module.layer_idx, *qkv, options["scaling"], window)
-        return output, None
-    AttentionInterface.register("rows", attention)
-    AttentionMaskInterface.register("rows", sdpa_mask)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("rows")
 
 def states(model, input_ids, needed):
     """Last hidden states of the tokens where `needed` (B, T) is True: (n, H)."""
@@ -344,14 +318,6 @@ def to_device(x, device):
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
-def to_floats(metrics):
-    """The metrics with a float for each tensor of one number: the device is waited for once."""
-    tensors = {name: x.double() for name, x in metrics.items() if torch.is_tensor(x)}
-    if tensors:
-        values = torch.stack(list(tensors.values()))
-        metrics = metrics | dict(zip(tensors, values.tolist()))
-    return metrics
-
 def pad(rows, device, value=0):
     """Lists to a tensor (B, T), padded on the right. Masks say what counts, never the padding's value."""
     T = max(map(len, rows))
@@ -367,17 +333,6 @@ def micro_batches(batch, index, size, device="cpu"):
     for rows in index[lengths[index].argsort(stable=True)].split(size):
         T = int(lengths[rows].max())
         yield rows, {name: to_device(x[rows, :T], device) for name, x in batch.items()}
-
-@torch.no_grad()
-def per_token(function, batch, size, device="cpu"):
-    """function(micro-batch) -> (b, t), such as log-probs or values, of the whole batch: (B, T)."""
-    result = torch.zeros_like(batch["logprobs"])
-    parts = []
-    for rows, mb in micro_batches(batch, torch.arange(len(result)), size, device):
-        parts.append((rows, function(mb)))
-    for rows, x in parts:  # now the device is waited for
-        result[rows, : x.shape[1]] = x.to(result)
-    return result
 
 # ---- Sampling ----
 class PaddedCache:
@@ -540,19 +495,13 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
         scores.append([0.0] * len(prompt) + logp[:length])
     return {
         "input_ids": pad(input_ids, "cpu"),
-        "mask": pad(mask, "cpu", False),
-        "logprobs": pad(scores, "cpu", 0.0)}
-
-def ended(batch, eos_ids):
-    """Which responses of a batch end with an EOS: (B,)."""
-    last = batch["input_ids"].gather(1, last_token(batch["mask"])[:, None])  # (B, 1)
-    return torch.isin(last, last.new_tensor(eos_ids)).squeeze(1)
-
-def responses_of(batch):
-    """The token ids of each response in a batch, its EOS among them: a list of lists."""
-    return [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["mask"])]
+        "mask": pad(mask, "cpu", False), "logprobs": pad(scores, "cpu", 0.0)}
 
 # ==== II. Files =======================================================================================
+TEXTS = "prompt completion chosen rejected messages text".split()  # columns that the scripts read
+MEDIA = "image images video videos audio audios".split()  # and cannot read
+WRITTEN_LIST = re.compile(r"\s*\[\s*{\s*.(role|from|content|value)\b")  # of messages, in a string
+
 def fail(message):
     """Bad input ends a script with one line on stderr and exit code 2, without a traceback."""
     line = " ".join(str(message).split())[:1000]
@@ -850,6 +799,28 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
         torch.set_num_threads(1)  # on matrices this small, threads wait longer than they work
     return model.to(device).train(), tokenizer, eos_ids
 
+def use_rows(model):
+    """Let layers attend as `Rows` say, if there are some. Some models err then: see check_model."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # not above: this takes a second
+    sdpa = AttentionInterface()["sdpa"]
+    sdpa_mask = AttentionMaskInterface()["sdpa"]
+    def attention(module, query, key, value, mask, rows=None, **options):
+        if rows is None:
+            return sdpa(module, query, key, value, mask, **options)
+        for name in ("softcap", "s_aux", "position_bias"):
+            if options.get(name) is not None:
+                raise NotImplementedError(name)
+        if options["dropout"]:
+            raise NotImplementedError("dropout")
+        window = options.get("sliding_window") or 0
+        qkv = _autocast(query, key, value)  # some rotary embeddings are fp32
+        output = rows.attend(module.layer_idx, *qkv, options["scaling"], window)
+        return output, None
+    AttentionInterface.register("rows", attention)
+    AttentionMaskInterface.register("rows", sdpa_mask)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("rows")
+
 @torch.no_grad()
 def check_model(model, rows, name="--model", lengths="--max-length"):
     """Refuse a model with too few positions or embeddings for these rows, or one sampled or scored wrongly:
@@ -950,6 +921,26 @@ def read_scores(model, rows, size, autocast):
             values = token_values(model, pad(part, model.device), last)  # (b, T)
         scores.append(values[last])
     return torch.cat(scores)
+
+def ended(batch, eos_ids):
+    """Which responses of a batch end with an EOS: (B,)."""
+    last = batch["input_ids"].gather(1, last_token(batch["mask"])[:, None])  # (B, 1)
+    return torch.isin(last, last.new_tensor(eos_ids)).squeeze(1)
+
+def responses_of(batch):
+    """The token ids of each response in a batch, its EOS among them: a list of lists."""
+    return [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["mask"])]
+
+@torch.no_grad()
+def per_token(function, batch, size, device="cpu"):
+    """function(micro-batch) -> (b, t), such as log-probs or values, of the whole batch: (B, T)."""
+    result = torch.zeros_like(batch["logprobs"])
+    parts = []
+    for rows, mb in micro_batches(batch, torch.arange(len(result)), size, device):
+        parts.append((rows, function(mb)))
+    for rows, x in parts:  # now the device is waited for
+        result[rows, : x.shape[1]] = x.to(result)
+    return result
 
 @torch.no_grad()
 def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
@@ -1058,6 +1049,14 @@ def sample_rows(tokenizer, prompts, batch, **columns):
     texts = [tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, responses_of(batch))]
     rows = zip(*texts, *(column.tolist() for column in columns.values()))
     return [dict(zip(("prompt", "completion", *columns), row)) for row in rows]
+
+def to_floats(metrics):
+    """The metrics with a float for each tensor of one number: the device is waited for once."""
+    tensors = {name: x.double() for name, x in metrics.items() if torch.is_tensor(x)}
+    if tensors:
+        values = torch.stack(list(tensors.values()))
+        metrics = metrics | dict(zip(tensors, values.tolist()))
+    return metrics
 
 class Run:
     """Logs, checkpoint and finished model of a run, never overwritten. state: what to resume from, or {}."""

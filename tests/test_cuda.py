@@ -2,11 +2,14 @@
 operands with fp32 products, on tensors that only say that they are on a GPU.
 """
 
+import contextlib
 from types import SimpleNamespace
 
+import common
 import pytest
 import torch
-from common import device_of, token_logprobs
+from common import device_of, sample, token_logprobs, use_rows
+from conftest import make_model
 
 
 class OnCuda(torch.Tensor):
@@ -148,3 +151,56 @@ def test_p_of_a_sure_token_is_exact_in_16_bits(products, keep):
     token_logprobs(hidden, weight, torch.tensor([0, 0]), keep=keep).sum().backward()
     want = torch.tensor([[1.0, 0.0, 0.0]]) - p
     assert ((hidden.grad - want).abs() < 0.05 * want.abs()).all()
+
+
+class Graph:
+    """A CUDA graph's stand-in: what runs while it is captured, a call of a cache's `forward`, runs again at each replay,
+    on the same tensors and at the same span, and its result goes to the same memory.
+    """
+
+    captured = None  # the one that is being captured
+
+    def replay(self):
+        cache, arguments, span, hidden = self.call
+        now, cache.span = cache.span, span
+        hidden.copy_(self.forward(cache, *arguments))
+        cache.span = now
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_steps_from_graphs_sample_what_plain_steps_do(monkeypatch, kind):
+    """The same tokens and log-probs with ragged prompts, rows that leave, several spans and a second batch."""
+    model = make_model(kind)
+    use_rows(model)
+    prompts = [[1, 5, 9], [1, 4, 7, 20, 33, 8, 11], [1, 30], [1, 6, 6, 6, 6], [1, 5, 9]] * 2
+    want = sample(model, prompts, 20, [2, 3, 4, 5, 6], seed=1, batch_size=7)
+    forward, step, made = common.RowsCache.forward, common.RowsCache.step, []
+
+    def recorded(cache, *arguments):
+        hidden = forward(cache, *arguments)
+        if Graph.captured is not None:
+            Graph.captured.forward, Graph.captured.call = forward, (cache, arguments, cache.span, hidden)
+            made.append((len(hidden), cache.span))
+        return hidden
+
+    @contextlib.contextmanager
+    def capture(graph):
+        Graph.captured = graph
+        yield
+        Graph.captured = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(common.RowsCache, "forward", recorded)
+    on_cuda = lambda token: None if token is None else token.as_subclass(OnCuda)
+    monkeypatch.setattr(common.RowsCache, "step", lambda cache, token=None: step(cache, on_cuda(token)))
+    monkeypatch.setitem(common.SPAN, "cpu", 8)
+    monkeypatch.setitem(common.LOOK, "cpu", 4)
+    got = sample(model, prompts, 20, [2, 3, 4, 5, 6], seed=1, batch_size=7)
+    for name in want:
+        assert torch.allclose(want[name].double(), got[name].double(), atol=1e-5), name
+    assert len(made) == len(set(made)) > 3, made  # one for each number of rows and span
