@@ -30,14 +30,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig)
 
 warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable")  # transformers 5.17 has no other name
 KEEP_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # token_logprobs keeps up to so much for the backward pass
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 LOOK = {"cpu": 1, "cuda": 16}  # steps of the sampler from one look at which rows have ended to the next
 SPAN = {"cpu": 1, "cuda": 128}  # its attention sees a multiple of so many places
 
@@ -231,9 +229,11 @@ class Rows:
         if q.is_cuda and q.element_size() == 2:
             if len(self.keys) > len(k):  # some are of several rows
                 k, v = take(k, self.keys), take(v, self.keys)
-            seen = window - 1, 0  # so many before it, and with -1 all
-            output = varlen_attn(
-                q, k, v, *self.sizes, scale=scale, window_size=seen, **GROUPED)
+            from torch.nn.attention.varlen import varlen_attn  # not above: this takes a second
+            options = {"scale": scale, "window_size": (window - 1, 0)}  # so many before it, and with -1 all
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 needs no word
+                options["enable_gqa"] = True
+            output = varlen_attn(q, k, v, *self.sizes, **options)
             return output[None]
         outputs = []
         for part, fresh in self.parts:

@@ -6,6 +6,7 @@ import random
 import common
 import pytest
 import torch
+import torch.nn.attention.varlen
 import transformers
 from common import (
     LOOK, Rows, check_model, draw, has_rows, pad, sample, sequence_logprobs, token_values, use_rows)
@@ -118,7 +119,7 @@ def test_attention_is_that_of_each_row_alone(seed, cuda, window, monkeypatch):
     N, generator = rows.ids.shape[1], torch.Generator().manual_seed(seed)
     qkv = [torch.randn(1, heads, N, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
     if cuda:
-        monkeypatch.setattr(common, "varlen_attn", naive_varlen)
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", naive_varlen)
         monkeypatch.setattr(torch.Tensor, "is_cuda", False, raising=False)
         qkv = [x.bfloat16() for x in qkv]
         got = rows.attend(0, *(x.as_subclass(OnCuda) for x in qkv), 0.3, window).double()
