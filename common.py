@@ -207,7 +207,7 @@ class Rows:
         self.sizes = *map(send, ends), int(queries.max()), int(keys.max())
         self.keys = send(place[needed])  # for varlen_attn
         self.parts = []  # else a few rows (b, t) at a time, and what is new of b t tokens
-        size = 1 + 1024 // ids.shape[1]
+        size = len(ids) if input_ids.is_cuda else 1 + 1024 // ids.shape[1]
         for part, fresh in zip(place.split(size), new.split(size)):
             t = last_token(fresh).max() + 1
             fresh = fresh[:, :t].flatten().nonzero()
@@ -919,7 +919,7 @@ def read_scores(model, rows, size, autocast):
         last = pad([[False] * (len(ids) - 1) + [True] for ids in part], model.device, False)
         with autocast():
             values = token_values(model, pad(part, model.device), last)  # (b, T)
-        scores.append(values[last])
+        scores.append(values.sum(1))  # 0 but at the last
     return torch.cat(scores)
 
 def ended(batch, eos_ids):

@@ -205,7 +205,7 @@ def forward(model, comparisons, args, autocast):
     share of votes that the rewards agree with: mu or 1 - mu, and 0.5 at margin 0, as for a coin."""
     input_ids, last, first, second, mu, owner = collate(comparisons, model.device)
     with autocast():
-        rewards = token_values(model, input_ids, last)[last]  # (N,)
+        rewards = token_values(model, input_ids, last).sum(1)  # (N,): it is 0 elsewhere
     rewards_of = rewards.split([len(completions) for completions, *_ in comparisons])  # B times (K,)
     num_pairs = to_device(torch.tensor([len(pairs) for *_, pairs, _ in comparisons]), model.device)  # (B,)
     mean = lambda x: x.new_zeros(num_pairs.shape).index_add(0, owner, x) / num_pairs  # (M,) -> (B,)

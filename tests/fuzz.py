@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from tiny_runs import SCRIPTS
 
 import bandit_bt
+import common
 
 LIMIT = 20.0  # seconds for a case
 
@@ -84,11 +85,21 @@ def texts_given(tokenizer):
         if isinstance(module, torch.nn.Embedding) and inputs[0].dim() == 2 and inputs[0].shape[1] > 1:
             texts.extend(tokenizer.batch_decode(inputs[0].tolist()))
 
+    make = common.Rows.__init__
+
+    def record_rows(self, input_ids, needed):
+        make(self, input_ids, needed)
+        for place, own in zip(self.place, needed):
+            ids = self.ids[0, place[: own.nonzero().max() + 1]]  # from where the model is given them
+            texts.append(tokenizer.decode(ids.tolist()))
+
     hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
+    common.Rows.__init__ = record_rows
     try:
         yield texts
     finally:
         hook.remove()
+        common.Rows.__init__ = make
 
 
 def files_in(*folders) -> dict[Path, bytes]:
