@@ -73,7 +73,8 @@ def _logits(hidden, weight, bias, scale, softcap, temperature):
     return z if temperature == 1.0 else z.div_(temperature)
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Logits live one chunk of rows at a time, and backward dz = -g (p - 1[y]) - g_H p (log p + entropy)."""
+    """Logits live one chunk of rows at a time, and backward dz = -g (p - 1[y]) - g_H p (log p + entropy).
+    W is multiplied; weight, the same in fp32, is there for its gradient."""
     @staticmethod
     def forward(ctx, hidden, weight, W, bias, targets, head, rows, keep, entropy, hits):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -204,8 +205,8 @@ class Rows:
         self.positions = send(new.nonzero()[:, 1][None])
         queries, keys = new.sum(1), needed.sum(1)
         ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
-        self.sizes = *map(send, ends), int(queries.max()), int(keys.max())
-        self.keys = send(place[needed])  # for varlen_attn
+        self.sizes = *map(send, ends), int(queries.max()), int(keys.max())  # for varlen_attn: ends, longest
+        self.keys = send(place[needed])
         self.parts = []  # else a few rows (b, t) at a time, and what is new of b t tokens
         size = len(ids) if input_ids.is_cuda else 1 + 1024 // ids.shape[1]
         for part, fresh in zip(place.split(size), new.split(size)):
@@ -226,7 +227,9 @@ class Rows:
     def attend(self, layer, query, key, value, scale, window):
         """Causal attention of each row to itself: query (1, heads, N, d) -> (1, N, heads, d)."""
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
-        if q.is_cuda and q.element_size() == 2:
+        d = q.shape[-1]
+        fits = q.element_size() == 2 and d == v.shape[-1] <= 256 and d % 8 == 0
+        if q.is_cuda and fits and torch.cuda.get_device_capability() >= (8, 0):
             if len(self.keys) > len(k):  # some are of several rows
                 k, v = take(k, self.keys), take(v, self.keys)
             from torch.nn.attention.varlen import varlen_attn  # not above: this takes a second
@@ -327,13 +330,6 @@ def last_token(mask):
     """Index of each row's last True column: (B, T) -> (B,)."""
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
-def micro_batches(batch, index, size, device="cpu"):
-    """(rows, their batch), `size` at a time of those in index (n,): shortest first, needless columns cut."""
-    lengths = last_token(batch["mask"]) + 1
-    for rows in index[lengths[index].argsort(stable=True)].split(size):
-        T = int(lengths[rows].max())
-        yield rows, {name: to_device(x[rows, :T], device) for name, x in batch.items()}
-
 # ---- Sampling ----
 class PaddedCache:
     """transformers' own keys and values of B rows that are sampled, behind prompts padded on the left."""
@@ -364,6 +360,8 @@ class PaddedCache:
 
 class RowsCache(Rows):
     """The same for models with `Rows`: in memory taken once, each distinct prompt computed once."""
+    use_graphs = True  # until a model cannot
+
     def __init__(self, model, prompts, room):
         self.model, self.layers, self.graphs = model, {}, {}
         prompt = pad([[True] * len(prompt) for prompt in prompts], model.device, False)  # (B, P)
@@ -382,7 +380,7 @@ class RowsCache(Rows):
         self.width += 1
         span = SPAN[token.device.type]
         self.span = min(-(-self.width // span) * span, self.seen.shape[1])
-        if token.is_cuda:
+        if token.is_cuda and RowsCache.use_graphs:
             return self.replay(token[:, None])[:, 0]
         return self.forward(self.model, token[:, None], self.last)[:, 0]
 
@@ -391,14 +389,16 @@ class RowsCache(Rows):
         All that a graph reads and writes stays in the same memory."""
         if self.span not in self.graphs:
             fixed = token.clone()
-            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                self.forward(self.model, fixed, self.last)  # before, for libraries make plans
-            main.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                hidden = self.forward(self.model, fixed, self.last)
+            stream = torch.cuda.current_stream()
+            hidden = self.forward(self.model, fixed, self.last)  # before, for libraries make plans
+            try:
+                with torch.cuda.graph(graph):
+                    hidden = self.forward(self.model, fixed, self.last)
+            except RuntimeError:  # in a step that waits for the GPU, as some mixtures of experts do
+                torch.cuda.set_stream(stream)
+                RowsCache.use_graphs = False
+                return hidden
             self.graphs[self.span] = graph, fixed, hidden
         graph, fixed, hidden = self.graphs[self.span]
         fixed.copy_(token)
@@ -477,8 +477,7 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
                 logp = z.gather(1, token[:, None]).squeeze(1) - z.logsumexp(1)
             else:
                 token, logp = draw(z, noise[rows, t])
-            tokens[rows, t] = token
-            logprobs[rows, t] = logp
+            tokens[rows, t], logprobs[rows, t] = token, logp
             lengths[rows] += alive
             alive &= ~torch.isin(token, stop)
             if t % LOOK[device.type] == 0:
@@ -832,7 +831,11 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
     vocabulary = len(model.get_input_embeddings().weight)
     if largest >= vocabulary:
         fail(f"{name}: its tokenizer gives token id {largest}, but it has only {vocabulary} embeddings")
-    n = max(min(len(longest), 1024) - 4, 1)
+    limits = [1024]  # and what an attention may not see
+    for key, x in vars(model.config.get_text_config()).items():
+        if type(x) is int and re.search("window|chunk|topk", key) and x < len(longest):
+            limits.append(x + 64)
+    n = max(min(len(longest), max(limits)) - 4, 1)
     trial = [longest[:n]]
     trial.append(longest[: n // 4] + rows[-1][: n // 2])  # begins as the first
     for row in rows[:4]:
@@ -841,15 +844,17 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
     if model.device.type == "cuda":
         limit = 2e-3  # its kernels round otherwise for one token than for many
     training = model.training
-    gap = math.inf
+    gap, why = math.inf, ""
     use_rows(model)
     if has_rows(model):
-        with contextlib.suppress(Exception):  # of layers that know nothing of `Rows`
+        try:
             gap = self_test(model, trial)
+        except Exception as error:  # of layers that know nothing of `Rows`
+            why = f" ({type(error).__name__})"
     if not gap < limit:  # NaN neither
         if has_rows(model):
             model.set_attn_implementation("sdpa")
-        print(f"{name}: {type(model).__name__} needs padded rows, which take more time")
+        print(f"{name}: {type(model).__name__} errs in rows without padding{why}: padded ones take more time")
         with blame(f"{name}: {type(model).__name__} cannot be sampled and scored"):
             gap = self_test(model.train(training), trial)
     if not gap < limit:
@@ -930,6 +935,13 @@ def ended(batch, eos_ids):
 def responses_of(batch):
     """The token ids of each response in a batch, its EOS among them: a list of lists."""
     return [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["mask"])]
+
+def micro_batches(batch, index, size, device="cpu"):
+    """(rows, their batch), `size` at a time of those in index (n,): shortest first, needless columns cut."""
+    lengths = last_token(batch["mask"]) + 1
+    for rows in index[lengths[index].argsort(stable=True)].split(size):
+        T = int(lengths[rows].max())
+        yield rows, {name: to_device(x[rows, :T], device) for name, x in batch.items()}
 
 @torch.no_grad()
 def per_token(function, batch, size, device="cpu"):

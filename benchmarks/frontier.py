@@ -135,7 +135,7 @@ def main(args: Args) -> dict:
         values = {spec: reward(repeated, prompts, responses) for spec, reward in rewards.items()}
         return {spec: x.double().view(len(ids), number) for spec, x in values.items()}, batch
 
-    print(f"sampling {args.reference_samples} responses to each of {len(ids)} prompts, half a minute", flush=True)
+    print(f"sampling {args.reference_samples} responses to each of {len(ids)} prompts: 30 s", flush=True)
     ref_rewards, _ = draw(reference, args.reference_samples, args.seed)
     results = {spec: {"frontier": [], "policies": {}} for spec in args.rewards}
     for spec, result in results.items():

@@ -437,7 +437,7 @@ def training(step, name, num_steps, **flags):
     import torch
 
     script = importlib.import_module(name)
-    clock, ends, counted = {}, [], {}
+    clock, ends, seen = {}, [], []
 
     def timed(key, function):
         def wrapper(*positional, **options):
@@ -454,9 +454,8 @@ def training(step, name, num_steps, **flags):
 
     def count(function):
         def wrapper(model, input_ids, mask, **options):
-            trained = torch.is_grad_enabled()
-            total = (common.last_token(mask) + 1).sum()  # real tokens of the rows, prompts too
-            counted[len(ends), trained] = counted.get((len(ends), trained), 0) + total
+            if torch.is_grad_enabled():
+                seen.append((len(ends), input_ids, mask))
             return function(model, input_ids, mask, **options)
 
         return wrapper
@@ -492,13 +491,17 @@ def training(step, name, num_steps, **flags):
     seconds = sum(seconds[first:])
     parts = {name: digits(x) for name, x in clock.items()}
     step.put("seconds of the parts of the last step, waiting for each", parts)
-    numbers = range(first + 1, num_steps - 1)
-    tokens = sum(int(n) for (number, trained), n in counted.items() if number in numbers and trained)
+    tokens = computed = 0
+    for number, input_ids, mask in seen:
+        if first < number < num_steps - 1:
+            tokens += int((common.last_token(mask) + 1).sum())  # of the rows, prompts too
+            computed += common.Rows(input_ids, mask.roll(-1, dims=1)).ids.numel()  # what rows share once
     if tokens:
-        rate = tokens / seconds
         parameters = common.AutoModelForCausalLM.from_pretrained(half_billion(step)).num_parameters()
-        step.put("trained tokens/s, prompts among them", round(rate))
-        step.put("MFU of 989 TFLOP/s, 6 flops a parameter and token", digits(6 * parameters * rate / 989e12))
+        step.put("trained tokens/s, prompts among them", round(tokens / seconds))
+        step.put("of them computed, since rows share prompts", digits(computed / tokens))
+        flops = 6 * parameters * computed / seconds
+        step.put("MFU of 989 TFLOP/s, 6 flops a parameter and computed token", digits(flops / 989e12))
 
 
 def sizes(step, batch_size):

@@ -167,6 +167,39 @@ class Graph:
         cache.span = now
 
 
+def pretend(monkeypatch):
+    """Let steps of the sampler take the way of a GPU."""
+    step = common.RowsCache.step
+    on_cuda = lambda token: None if token is None else token.as_subclass(OnCuda)
+    monkeypatch.setattr(common.RowsCache, "step", lambda cache, token=None: step(cache, on_cuda(token)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+
+
+def test_a_step_that_waits_for_the_gpu_is_in_no_graph(monkeypatch):
+    """The capture fails, torch's stream is set back, and steps go on without graphs, now and in later calls."""
+    model = make_model("llama")
+    use_rows(model)
+    prompts = [[1, 5, 9], [1, 4, 7, 20, 33, 8, 11], [1, 30]]
+    want = sample(model, prompts, 10, [2], seed=1)
+    calls = []
+
+    @contextlib.contextmanager
+    def capture(graph):
+        calls.append("capture")
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
+    monkeypatch.setattr(common.RowsCache, "use_graphs", True)
+    pretend(monkeypatch)
+    for _ in range(2):
+        got = sample(model, prompts, 10, [2], seed=1)
+        assert all(torch.equal(want[name], got[name]) for name in want)
+    assert calls == ["capture", "stream"] and not common.RowsCache.use_graphs
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_steps_from_graphs_sample_what_plain_steps_do(monkeypatch, kind):
     """The same tokens and log-probs with ragged prompts, rows that leave, several spans and a second batch."""
@@ -174,7 +207,7 @@ def test_steps_from_graphs_sample_what_plain_steps_do(monkeypatch, kind):
     use_rows(model)
     prompts = [[1, 5, 9], [1, 4, 7, 20, 33, 8, 11], [1, 30], [1, 6, 6, 6, 6], [1, 5, 9]] * 2
     want = sample(model, prompts, 20, [2, 3, 4, 5, 6], seed=1, batch_size=7)
-    forward, step, made = common.RowsCache.forward, common.RowsCache.step, []
+    forward, made = common.RowsCache.forward, []
 
     def recorded(cache, *arguments):
         hidden = forward(cache, *arguments)
@@ -189,15 +222,9 @@ def test_steps_from_graphs_sample_what_plain_steps_do(monkeypatch, kind):
         yield
         Graph.captured = None
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    pretend(monkeypatch)
     monkeypatch.setattr(common.RowsCache, "forward", recorded)
-    on_cuda = lambda token: None if token is None else token.as_subclass(OnCuda)
-    monkeypatch.setattr(common.RowsCache, "step", lambda cache, token=None: step(cache, on_cuda(token)))
     monkeypatch.setitem(common.SPAN, "cpu", 8)
     monkeypatch.setitem(common.LOOK, "cpu", 4)
     got = sample(model, prompts, 20, [2, 3, 4, 5, 6], seed=1, batch_size=7)

@@ -3,7 +3,6 @@
 import copy
 import random
 
-import common
 import pytest
 import torch
 import torch.nn.attention.varlen
@@ -120,6 +119,7 @@ def test_attention_is_that_of_each_row_alone(seed, cuda, window, monkeypatch):
     qkv = [torch.randn(1, heads, N, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
     if cuda:
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", naive_varlen)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
         monkeypatch.setattr(torch.Tensor, "is_cuda", False, raising=False)
         qkv = [x.bfloat16() for x in qkv]
         got = rows.attend(0, *(x.as_subclass(OnCuda) for x in qkv), 0.3, window).double()
@@ -132,6 +132,21 @@ def test_attention_is_that_of_each_row_alone(seed, cuda, window, monkeypatch):
         place = rows.place[i, :n]
         want = naive_attention(*(x[0, :, place] for x in qkv), 0.3, window)
         assert (got[0, place].transpose(0, 1) - want).abs().max().item() < (1e-2 if cuda else 1e-12) if n else True
+
+
+@pytest.mark.parametrize("d, of_value, capability", [(12, 12, (9, 0)), (24, 16, (9, 0)), (264, 264, (9, 0)), (8, 8, (7, 5))])
+def test_heads_that_the_kernel_of_a_gpu_does_not_take(d, of_value, capability, monkeypatch):
+    """Sizes that are no multiple of 8, over 256 or other for values, and older cards: padded parts, as right."""
+    ids, needed = random_batch(1)
+    rows = Rows(ids, needed)
+    N, generator = rows.ids.shape[1], torch.Generator().manual_seed(1)
+    sizes = [(4, d), (2, d), (2, of_value)]
+    qkv = [torch.randn(1, heads, N, size, generator=generator).bfloat16() for heads, size in sizes]
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    got = rows.attend(0, *(x.as_subclass(OnCuda) for x in qkv), 0.3, 0).double()
+    want = rows.attend(0, *(x.double() for x in qkv), 0.3, 0)
+    assert got.shape == want.shape == (1, N, 4, of_value) and (got - want).norm() < 1e-2 * want.norm()
 
 
 # ---- Models ----
@@ -254,8 +269,23 @@ def test_a_model_that_is_wrong_without_padding_is_padded(monkeypatch, capsys, na
     want = sequence_logprobs(model, ids, mask)
     check_model(model, ids.tolist(), "--reward x")
     assert not has_rows(model) and model.training == training
-    assert capsys.readouterr().out == "--reward x: LlamaForCausalLM needs padded rows, which take more time\n"
+    why = " (RuntimeError)" if action is collapse else ""
+    line = f"--reward x: LlamaForCausalLM errs in rows without padding{why}: padded ones take more time"
+    assert capsys.readouterr().out == line + "\n"
     assert torch.equal(sequence_logprobs(model, ids, mask), want)
+
+
+@pytest.mark.parametrize("longest, is_right", [(1100, False), (1000, True)])
+def test_a_limit_that_only_a_mask_knows_is_tried(longest, is_right):
+    """Qwen2Moe tells its attention no window: rows beyond it are padded, and shorter ones not."""
+    options = {"use_sliding_window": True, "sliding_window": 1030, "layer_types": WINDOW["layer_types"], "num_experts": 4,
+               "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}  # fmt: skip
+    config = transformers.Qwen2MoeConfig(**SIZES, **options)
+    config.max_position_embeddings = 2048
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.randint(5, VOCABULARY, (1, longest), generator=torch.Generator().manual_seed(0))
+    check_model(model, ids.tolist())
+    assert has_rows(model) == is_right
 
 
 @pytest.mark.parametrize("options", [{"attn_logit_softcapping": 50.0}, {"attention_dropout": 0.1}])
