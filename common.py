@@ -739,7 +739,7 @@ def device_of(args):
         fail("--device cuda: torch finds no CUDA device")
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for a third of a second at each new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 0.2 s, at each new shape
     bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and cuda
     return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
 

@@ -55,7 +55,7 @@ def test_device_and_dtype(monkeypatch, available, device, dtype, want, bfloat16)
 
 
 def test_attention_is_not_planned_anew_for_each_shape():
-    """cuDNN's kernels are, for a third of a second, and ragged micro-batches have a new shape each time."""
+    """cuDNN's kernels are, for a fifth of a second, and ragged micro-batches have a new shape each time."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     device_of(SimpleNamespace(device="cpu", dtype="auto"))
     assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
