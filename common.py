@@ -865,10 +865,9 @@ def self_test(model, rows):
     """The largest gap between a model's own log-probs or scores and those that training sees."""
     gaps = []
     if model.get_output_embeddings() is None:  # a reward model
-        scores = token_values(model, pad(rows, model.device))
-        for row, ids in enumerate(rows):
-            own = model(input_ids=pad([ids], model.device)).logits[0]
-            gaps.append(own - scores[row, len(ids) - 1])
+        scores = read_scores(model, rows, len(rows), contextlib.nullcontext)
+        for score, ids in zip(scores, rows):
+            gaps.append(model(input_ids=pad([ids], model.device)).logits[0] - score)
     else:
         first, *others = responses_of(sample(model, rows, 4, [-1]))
         stop = [*{*sum(others, [])} - {*first}, -1]  # ends others, and not the first
