@@ -697,13 +697,18 @@ def load_state(part, state):
             states[i] = {name: like(x, parameters[i]) for name, x in values.items()}
         part.load_state_dict({**state, "state": states})
 
+@torch.no_grad()
 def save_model(model, tokenizer, folder):
     """A folder that transformers, TRL and vLLM load, with adapters merged and shards put together."""
     if hasattr(model, "adapters"):
         model.float()
-        for part in [module for module in model.modules() if hasattr(module, "unshard")]:
-            part.unshard()
-        model.adapters[0].merge_and_unload()
+        layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+        with unsharded(model):
+            deltas = [layer.get_delta_weight("default") for layer in layers]
+        for layer, delta in zip(layers, deltas):
+            weight = layer.base_layer.weight
+            weight.data += like(delta, weight)
+        model.adapters[0].unload()
     weights = None
     if hasattr(model, "sharded_body"):
         state = model.state_dict(keep_vars=True)
@@ -934,6 +939,8 @@ def device_of(args):
     if args.device == "cuda" and not cuda:
         fail("--device cuda: torch finds no CUDA device")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 0.2 s, at each new shape
+    if cuda:
+        KEEP_BYTES["cuda"] = torch.cuda.mem_get_info()[0] // 10  # of what is free
     bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and cuda
     return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
 
