@@ -175,14 +175,12 @@ def main(args: Args) -> dict:
     train = load_pairs(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_pairs(tokenizer, held_out_rows, eos_ids, args.max_length)
     check_model(model, [ids for pair in train + held_out for ids, _ in pair[:2]])
-    lighten(model, args, autocast)
+    lighten(args, autocast, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if 0 < num_steps < 20:
-        print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
     if run.state:
         ref_train, ref_held_out = run.state["reference"]
     else:
