@@ -650,6 +650,10 @@ def full(x):
     """A tensor that may be sharded, put together."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
+def total_norm(model):
+    """The norm of all weights."""
+    return full(torch.nn.utils.get_total_norm(model.parameters())).item()
+
 def whole(tensors):
     """A dict with its sharded tensors put together, one by one, in the memory of rank 0's CPU."""
     tensors = dict(tensors)
@@ -673,8 +677,6 @@ def without_adapters(model):
 def state_of(part):
     """What --resume needs of a model, its trained weights, or of an optimizer, whole."""
     if isinstance(part, torch.nn.Module):
-        if not full(torch.nn.utils.get_total_norm(part.parameters())).isfinite():
-            fail("a weight is no longer finite: lower --learning-rate; the last checkpoint, if any, is kept")
         return whole({name: p.detach() for name, p in part.named_parameters() if p.requires_grad})
     state = part.state_dict()
     state["state"] = {i: whole(values) for i, values in state["state"].items()}
@@ -1389,12 +1391,18 @@ class Run:
         if ranks()[1] == 1:  # torchrun sends several, and ends us itself after 30 s
             signal.signal(number, signal.SIG_DFL)
 
+    def check(self, step, name, value):
+        flags = "--learning-rate"
+        if hasattr(self.args, "critic_learning_rate"):
+            flags += " or --critic-learning-rate"
+        if not math.isfinite(value):
+            fail(f"step {step}: {name} is {value}: lower {flags}; the last checkpoint, if any, is in "
+                 f"{self.file.parent}")
+
     def log(self, step, metrics, samples=()):
         """A line of metrics.jsonl, lines of samples.jsonl, and TensorBoard's events if it is installed."""
         for name, value in metrics.items():
-            if not math.isfinite(value):
-                fail(f"step {step}: {name} is {value}: lower --learning-rate; the last checkpoint, if any, "
-                     f"is in {self.file.parent}")
+            self.check(step, name, value)
             if self.writer:
                 self.writer.add_scalar(name, value, step)
         for file, rows in zip(self.logs, ([metrics], samples)):
@@ -1404,6 +1412,9 @@ class Run:
 
     def checkpoint(self, step, **numbers):
         """What --resume needs: every --save-every steps, at the end, after a signal, which ends the run."""
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module):
+                self.check(step, f"the norm of the weights of {name}", total_norm(part))
         is_due = self.args.save_every and step % self.args.save_every == 0
         self.stopped = int(over_ranks(torch.tensor(self.stopped), "MAX"))  # all ranks, or none
         if is_due or self.stopped or step == self.num_steps:
