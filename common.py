@@ -601,10 +601,9 @@ def lighten(args, autocast, *models):
         if model is not None and args.shard and ranks()[1] > 1:
             shard(model)
         elif model is not None:
-            frozen = [p for layer in model.base_model.modules() if isinstance(layer, linear)
-                      for p in layer.parameters() if not p.requires_grad]
+            layers = [layer for layer in model.base_model.modules() if isinstance(layer, linear)]
             with autocast():
-                for p in frozen:
+                for p in (p for layer in layers for p in layer.parameters() if not p.requires_grad):
                     (p.data,) = _autocast(p.data)
 
 def add_adapters(model, args):

@@ -110,7 +110,7 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
 
 def collate(pairs, device):
     """B pairs as 2B rows, chosen first, padded on the right: input_ids (2B, T), trained (2B, T), mu (B,)."""
-    rows = [chosen for chosen, _, _ in pairs] + [rejected for _, rejected, _ in pairs]  # 2B rows
+    rows = [pair[side] for side in (0, 1) for pair in pairs]  # 2B rows
     trained = [trained for _, trained in rows]
     mu = torch.tensor([mu for *_, mu in pairs], dtype=torch.get_default_dtype())
     return pad([ids for ids, _ in rows], device), pad(trained, device, False), to_device(mu, device)
