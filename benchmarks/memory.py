@@ -4,39 +4,36 @@
     python benchmarks/memory.py --model Qwen/Qwen2.5-0.5B --micro-batch-size 4 --response-tokens 1024
     python benchmarks/memory.py --measure     a check against real runs on a CPU (6 minutes)
 
-The model is built on torch's meta device, where it has sizes and no memory. Of P weights, those of Linear
-layers below the head are L, and the vocabulary is V, the hidden size H. A run holds
+The model is built on torch's meta device, where it has sizes and no memory. Of its P weights L are those of
+Linear layers below the head; V is the vocabulary, H the hidden size. A run holds, in bytes,
 
-    weights        4 P trained in fp32. With --lora-rank 2 L + 4 (P - L) as `lighten` leaves what is frozen, and
-                   the adapters, of r (in + out) weights in each Linear layer below the head
-    gradients      4 bytes and Adam 8 of each weight that is trained
-    frozen         copies of 2 L + 4 (P - L): the reference of ppo and grpo (dpo's is a pass of the start, and
-                   with adapters it is the policy without them), the reward model of ppo. ppo's critic counts
-                   among the weights
-    casts          bf16 copies of trained weights, 2 (L + V H), which autocast keeps from a forward to its
-                   backward pass
-    activations    kept for the backward pass, of each token of a micro-batch and each layer, where q and k are
-                   the widths of all heads of queries and keys, m that of the MLP:
-                     fp32 on a CPU       4 (6 H + 3 q + 2 k + 4 m) bytes
-                     bf16 on a GPU       26 H + 4 q + 4 k + 8 m bytes
-                   Adapters add their inner widths, and keep no input of a frozen norm. With
-                   --gradient-checkpointing 4 H a layer, and one layer in full
-    log-probs      of scored tokens, kept up to KEEP_BYTES, a tenth of the card, else computed again; and two
-                   chunks of fp32 logits, or, where it is more, the head's gradient
-    cache          keys and values of the rows that are sampled, and the logits of a step. It takes the place
-                   of gradients and activations, which have gone when rows are sampled
+weights      4 P trained in fp32; with --lora-rank r 2 L + 4 (P - L), as `lighten` leaves what is frozen, and
+             4 r (in + out) of adapters for each Linear layer below the head. ppo's critic counts too
+gradients    4 and Adam 8 for each trained weight
+frozen       copies, 2 L + 4 (P - L): the reference of ppo and grpo (dpo's is a pass of the start, and with
+             adapters it is the policy without them), the reward model of ppo
+casts        bf16 copies of trained weights, 2 (L + V H), that autocast keeps up to the backward pass
+activations  kept for the backward pass, for each token of a micro-batch and each layer, where q and k are the
+             widths of all heads of queries and keys, m that of the MLP:
+                 fp32 on a CPU       4 (6 H + 3 q + 2 k + 4 m)
+                 bf16 on a GPU       26 H + 4 q + 4 k + 8 m
+             Adapters add their inner widths, and a frozen norm keeps 8 H less in two. With
+             --gradient-checkpointing 4 H a layer, and one layer in full
+logprobs     of scored tokens, kept up to KEEP_BYTES (a tenth of the card), else computed again; and two
+             chunks of fp32 logits, or the head's gradient, where it is more
+cache        keys and values of the rows that are sampled, and the logits of a step, when gradients and
+             activations have gone: the peak has the larger of both
 
-With --shard on N ranks weights, gradients, Adam and frozen copies, all in fp32 then, are a share of 1 / N; a rank
-holds two layers and the head whole (in casts), and all weights while it samples. Activations are those of Llama
-and its like: with gated MLPs, without padding; of other models they are an estimate, of mixtures of experts none.
-Rows that begin alike take less than is said here. A card fits if 10 % of it are left, for CUDA and for gaps, with
-16 rows sampled at the same time: so many it is when memory runs out with more.
+With --shard on N ranks weights, gradients, Adam and frozen copies are a share of 1 / N, all in fp32; a rank
+holds the head and two layers whole (in casts), and all weights while it samples. The formulas are those of
+Llama and its like, with gated MLPs; of other models they are an estimate, of mixtures of experts none. Rows
+that begin alike take less. A card fits if 10 % of it are left, for CUDA and for gaps, with 16 rows sampled at
+the same time: so few it is when memory runs out with more.
 """
 
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -59,7 +56,8 @@ GIB, MIB = 2**30, 2**20
 CARDS = 24, 48, 80  # GiB
 SCRIPTS = "sft", "reward_model", "dpo", "ppo", "grpo"
 PARTS = "weights", "gradients", "adam", "frozen", "casts", "activations", "logprobs", "cache"
-SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
+SIZES = """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+    vocab_size""".split()
 NAMED = {  # as published: kind, sizes, whether the head is the embedding
     "30M": ("llama", (512, 4, 8, 8, 1536, 32000), True),  # of --measure
     "0.5B": ("qwen2", (896, 24, 14, 2, 4864, 151936), True),  # Qwen2.5
@@ -178,8 +176,9 @@ def plan(s: Sizes, script: str, args: Args, rank: int = 0, ranks: int = 1, card:
         result[name] = result[name] / ranks
 
     head = 0 if script == "reward_model" else s.head
-    cached = 0 if rank else s.linear  # by autocast
-    kept = s.linear if shard and not args.gradient_checkpointing else cached  # fp32 weights' casts, by autograd
+    cached = kept = 0 if rank else s.linear  # by autocast
+    if shard and not args.gradient_checkpointing:
+        kept = s.linear  # by autograd, since frozen weights are fp32 then
     result["casts"] = 2 * (kept + head) * cuda
     if shard:  # two layers, and what is outside them
         result["casts"] += 4 * (s.P - s.linear) + 8 * s.linear / s.layers
@@ -251,8 +250,8 @@ def show(result: dict) -> None:
 
 
 def examples() -> dict:
-    """What benchmarks/README.md shows besides measured runs: a table of 8B, peaks in GiB of dpo.py's documented
-    command, if each of its rows has --max-length tokens, and those of three steps that were measured."""
+    """What benchmarks/README.md shows besides measured runs: peaks in GiB of dpo.py's documented command, if
+    each of its rows has --max-length tokens, and of steps that were measured on a GPU; a table of 8B."""
     half = sizes_of(config_of("0.5B"))
     peak = lambda script, args: round(plan(half, script, args)["peak"] / GIB, 1)
     whole = Args(micro_batch_size=4, prompt_tokens=512, response_tokens=8192 - 512)
@@ -267,7 +266,8 @@ def examples() -> dict:
         step = Args(accumulate=False, sampled_rows=2, prompt_tokens=tokens - scored, response_tokens=scored)
         step.micro_batch_size = 1 if script == "sft" else 0.5
         result["H200"][script] = [peak(script, step), measured[f"train_{script}"]["peak GiB"]]
-    result["8B"] = table(sizes_of(config_of("8B")), Args(gradient_checkpointing=True, micro_batch_size=4, ranks=8))
+    eight = Args(gradient_checkpointing=True, micro_batch_size=4, ranks=8)
+    result["8B"] = table(sizes_of(config_of("8B")), eight)
     return result
 
 
@@ -305,7 +305,7 @@ def write_model(folder: Path, model: str) -> None:
 
 
 def write_rows(folder: Path, n: int) -> dict:
-    """Files of rows and of held-out rows with words drawn at random, for each script; flags that name them."""
+    """Files of n rows and of held-out rows of random words, for each script; flags that name them."""
     vocabulary = json.loads((ROOT / "data" / "model" / "tokenizer.json").read_text())["model"]["vocab"]
     words = [word for word in vocabulary if word.isalpha()]
     draw = random.Random(1)
@@ -327,8 +327,9 @@ def measure(script: str, rows: int, rank: int, checkpointing: bool, model: str) 
         write_model(folder / "start", model)
         size = rows // 2 if script == "dpo" else rows
         flags = write_rows(folder, 4 * size)
-        flags |= {"model": folder / "start", "output-dir": folder / "run", "device": "cpu", "batch-size": 2 * size,
-                  "micro-batch-size": size, "eval-samples": 8, "max-new-tokens": RESPONSE, "lora-rank": rank}
+        flags |= {"model": folder / "start", "output-dir": folder / "run", "device": "cpu", "lora-rank": rank,
+                  "batch-size": 2 * size, "micro-batch-size": size, "eval-samples": 8,
+                  "max-new-tokens": RESPONSE}
         if script == "grpo":
             gold = f"{ROOT / 'data' / 'gold_reward.py'}:gold_reward"
             flags |= {"total-episodes": 4 * size, "num-generations": 4, "reward": gold}
@@ -346,33 +347,40 @@ def measure(script: str, rows: int, rank: int, checkpointing: bool, model: str) 
         return 1024 * int(process.stderr.split()[-2])
 
 
+def args_of(case: str) -> Args:
+    """What `plan` needs to know of a case."""
+    script, rows, _, checkpointing = CASES[case]
+    return Args(
+        device="cpu",
+        micro_batch_size=rows // 2 if script == "dpo" else rows,
+        prompt_tokens=PROMPT,
+        response_tokens=RESPONSE,
+        sampled_rows=2 * rows if script == "grpo" else 8,
+        gradient_checkpointing=checkpointing)
+
+
 def compare(output: str, names=tuple(CASES)) -> dict:
-    """{"cases": {name: MiB of its parts, of the libraries, predicted, measured, and the ratio}}. The libraries
-    are what a run of the embedded world's 0.1M weights takes, less what is predicted of it. Each figure is
-    written when it is there, and not measured again."""
-    file = Path(output) if output else Path(os.devnull)
-    result = json.loads(file.read_text() or "{}") if file.is_file() else {}
-    libraries = result.setdefault("libraries", {})
-    cases = result.setdefault("cases", {})
+    """In MiB: what the libraries take, which is what a run of the embedded world's 0.1M weights takes beyond
+    its prediction; of each case its parts, its peak predicted and measured beyond the libraries, and their
+    ratio; then `examples`. Each figure is written when it is there, and not measured again."""
+    file = Path(output or os.devnull)
+    result = json.loads(file.read_text()) if file.is_file() else {"libraries": {}, "cases": {}}
     result |= examples()
     result |= {"torch": torch.__version__, "transformers": transformers.__version__, **hardware("cpu")}
-    small = sizes_of(config_of(str(ROOT / "data" / "model")))
-    large = sizes_of(config_of("30M"))
+    libraries, cases = result["libraries"], result["cases"]
+    small, large = sizes_of(config_of(str(ROOT / "data" / "model"))), sizes_of(config_of("30M"))
     for name in names:
         script, rows, rank, checkpointing = CASES[name]
-        args = Args(device="cpu", prompt_tokens=PROMPT, response_tokens=RESPONSE, sampled_rows=8)
-        args.micro_batch_size = rows // 2 if script == "dpo" else rows
-        if script == "grpo":
-            args.sampled_rows = 2 * rows
+        args = args_of(name)
         key = f"{script}, rank {rank}"
         if key not in libraries:
             used = measure(script, rows, rank, checkpointing, "")
             libraries[key] = round((used - plan(small, script, args, rank)["peak"]) / MIB, 1)
-        args.gradient_checkpointing = checkpointing
         if name not in cases:
+            used = measure(script, rows, rank, checkpointing, "30M")
             parts = plan(large, script, args, rank)
             cases[name] = {part: round(x / MIB, 1) for part, x in parts.items()}
-            cases[name]["measured"] = round(measure(script, rows, rank, checkpointing, "30M") / MIB - libraries[key], 1)
+            cases[name]["measured"] = round(used / MIB - libraries[key], 1)
         row = cases[name]
         row["ratio"] = round(row["peak"] / row["measured"], 3)
         print(f"{name:28} libraries {libraries[key]:.0f} MiB, beyond them predicted {row['peak']:.0f}, "

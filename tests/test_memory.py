@@ -5,6 +5,7 @@ and the peak of a real run; then its table, its answers and the README's figures
 import contextlib
 import importlib.util
 import json
+import types
 from dataclasses import replace
 
 import memory
@@ -39,10 +40,9 @@ def size(tensors) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def adapted(model, rank):
-    """With adapters as the scripts put them in."""
-    args = type("Args", (), {"lora_rank": rank, "seed": 1, "shard": False})
-    common.lighten(model, args, contextlib.nullcontext)
+def lightened(model, rank=0, autocast=contextlib.nullcontext):
+    """With adapters, if it is trained, and frozen weights as the scripts have them."""
+    common.lighten(model, types.SimpleNamespace(lora_rank=rank, seed=1, shard=False), autocast)
     return model
 
 
@@ -76,15 +76,13 @@ def test_weights_gradients_and_adam_are_counted(tied):
 @PEFT
 def test_adapters_are_counted():
     got = memory.plan(memory.sizes_of(config(False)), "sft", CPU, rank=3)
-    assert (got["weights"], got["gradients"], got["adam"]) == trained_bytes(adapted(build(False), 3))
+    assert (got["weights"], got["gradients"], got["adam"]) == trained_bytes(lightened(build(False), 3))
 
 
 def test_what_lighten_leaves():
     """Bytes of a frozen copy where autocast is on, as on a GPU."""
     s = memory.sizes_of(config(False))
-    model = build(False).requires_grad_(False)
-    args = type("Args", (), {"lora_rank": 0, "seed": 1, "shard": False})
-    common.lighten(model, args, lambda: torch.autocast("cpu", torch.bfloat16))
+    model = lightened(build(False).requires_grad_(False), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     assert memory.plan(s, "grpo", memory.Args())["frozen"] == size(model.parameters())
     assert memory.plan(s, "grpo", memory.Args(), rank=8)["frozen"] == 0
     assert memory.plan(s, "dpo", memory.Args())["frozen"] == memory.plan(s, "sft", memory.Args())["frozen"] == 0
@@ -116,26 +114,31 @@ def saved(model, autocast=contextlib.nullcontext):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(3, marks=PEFT)])
+@pytest.mark.parametrize("rank", [0, pytest.param(24, marks=PEFT)])
 def test_activations_of_a_layer_in_fp32(rank):
     """By how much more is kept with two layers more."""
     s = memory.sizes_of(config())
     kept = []
     for layers in (2, 4):
         model = build(num_hidden_layers=layers)
-        kept.append(saved(adapted(model, rank) if rank else model))
+        kept.append(saved(lightened(model, rank) if rank else model))
     layer = memory.activations(s, CPU, rank) / 3 - 16 * s.H / 3
     assert (kept[1] - kept[0]) / 2 / (ROWS * LENGTH) == pytest.approx(layer, rel=0.03)
 
 
-def test_activations_of_a_layer_in_bf16():
-    """On a CPU, whose attention copies its output once more; and the casts of the layers' weights."""
+@pytest.mark.parametrize("rank", [0, pytest.param(24, marks=PEFT)])
+def test_activations_of_a_layer_in_bf16(rank):
+    """On a CPU, whose attention copies its output once more; and the casts of the layers' trained weights."""
     s = memory.sizes_of(config())
-    kept = [saved(build(num_hidden_layers=n), lambda: torch.autocast("cpu", torch.bfloat16)) for n in (2, 4)]
-    layer = (memory.activations(s, memory.Args(), 0) - 14 * s.H) / 3 + 2 * s.q
-    casts = 2 * s.linear / 3
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    kept = []
+    for layers in (2, 4):
+        model = build(num_hidden_layers=layers)
+        kept.append(saved(lightened(model, rank, autocast) if rank else model, autocast))
+    layer = (memory.activations(s, memory.Args(), rank) - 14 * s.H) / 3 + 2 * s.q
+    casts = 2 * (rank * s.inner if rank else s.linear) / 3
     assert (kept[1] - kept[0]) / 2 == pytest.approx(layer * ROWS * LENGTH + casts, rel=0.03)
-    assert memory.plan(s, "sft", memory.Args())["casts"] == 2 * (s.linear + s.head)
+    assert memory.plan(s, "sft", memory.Args(), rank)["casts"] == 2 * (s.linear * (not rank) + s.head)
 
 
 def test_checkpointing_keeps_a_layer_s_input():
@@ -184,13 +187,45 @@ def test_the_peak_of_a_real_run(case, tmp_path):
 
 
 def test_the_measured_cases():
+    """Against this code's own predictions, so that neither can change without the other."""
+    sizes = memory.sizes_of(memory.config_of("30M"))
     assert list(RESULT["cases"]) == list(memory.CASES)
     for name, row in RESULT["cases"].items():
-        script, rows, rank, checkpointing = memory.CASES[name]
+        script, _, rank, _ = memory.CASES[name]
+        parts = memory.plan(sizes, script, memory.args_of(name), rank)
+        assert {part: row[part] for part in parts} == {part: round(x / 2**20, 1) for part, x in parts.items()}
         assert row["ratio"] == pytest.approx(row["peak"] / row["measured"], abs=1e-3)
         assert row["ratio"] == pytest.approx(1, abs=0.15), name
     for script in ("sft", "dpo", "grpo"):
         assert RESULT["cases"][f"{script}, LoRA"]["measured"] < 0.6 * RESULT["cases"][script]["measured"]
+
+
+def test_steps_measured_on_a_gpu():
+    for predicted, measured in RESULT["H200"].values():
+        assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_the_readme_has_the_results():
+    section = TEXT.split("\n## Memory\n")[1].split("\n## ")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    rows = {tuple(cells[:2]): cells[2:] for cells in lines}
+    for name, row in RESULT["cases"].items():
+        held = sum(row[part] for part in ("weights", "gradients", "adam", "frozen"))
+        figures = held, row["activations"], row["logprobs"], row["peak"], row["measured"]
+        want = [f"{x:.0f}" for x in figures] + [f"{row['ratio']:.2f}"]
+        assert rows.pop((name, str(memory.CASES[name][1]))) == want
+    for script, modes in RESULT["8B"].items():
+        for mode, row in modes.items():
+            assert rows.pop((script, mode)) == memory.cells_of(row)
+    assert len(rows) == 4  # two headings, with the lines below them
+    figures = [f"{RESULT['cases'][name]['measured']:.0f}" for name in ("dpo, LoRA", "dpo", "grpo, LoRA", "grpo")]
+    figures += [str(x) for pair in RESULT["H200"].values() for x in pair]
+    figures += [str(x) for x in RESULT["dpo.py"].values()]
+    text = section
+    for figure in figures:  # in this order
+        _, found, text = text.partition(figure)
+        assert found, figure
+    assert {key: RESULT[key] for key in ("dpo.py", "H200", "8B")} == json.loads(json.dumps(memory.examples()))
 
 
 # ---- The table ----
