@@ -291,8 +291,8 @@ CASES = {  # script, rows of a forward pass, rank of adapters, --gradient-checkp
     "dpo, LoRA": ("dpo", 8, 16, False),
     "grpo": ("grpo", 8, 0, False),
     "grpo, LoRA": ("grpo", 8, 16, False),
-    "sft, 32 rows": ("sft", 32, 0, False),
-    "sft, 32 rows, checkpointing": ("sft", 32, 0, True)}
+    "sft, 16 rows": ("sft", 16, 0, False),
+    "sft, 16 rows, checkpointing": ("sft", 16, 0, True)}
 
 
 def write_model(folder: Path, model: str) -> None:

@@ -5,6 +5,7 @@ and the peak of a real run; then its table, its answers and the README's figures
 import contextlib
 import importlib.util
 import json
+import sys
 import types
 from dataclasses import replace
 
@@ -179,11 +180,11 @@ def test_the_cache_is_counted():
 # ---- The peak ----
 
 
-@pytest.mark.parametrize("case", ["sft", pytest.param("dpo, LoRA", marks=PEFT)])
-def test_the_peak_of_a_real_run(case, tmp_path):
-    found = memory.compare(str(tmp_path / "memory.json"), [case])
-    assert 100 < found["cases"][case]["measured"] < 2000
-    assert found["cases"][case]["ratio"] == pytest.approx(1, abs=0.15)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_the_peak_of_a_real_run(tmp_path):
+    found = memory.compare(str(tmp_path / "memory.json"), ["dpo"])
+    assert 100 < found["libraries"]["dpo, rank 0"] < 1500 and 100 < found["cases"]["dpo"]["measured"] < 2000
+    assert found["cases"]["dpo"]["ratio"] == pytest.approx(1, abs=0.15)
 
 
 def test_the_measured_cases():
