@@ -116,7 +116,11 @@ def config_of(model: str):
 def sizes_of(config) -> Sizes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linear = [x for x in model.base_model.modules() if isinstance(x, torch.nn.Linear)]
+    layers = [x for x in model.base_model.modules() if isinstance(x, torch.nn.Linear)]
+    linear = inner = 0
+    for layer in layers:
+        linear += sum(p.numel() for p in layer.parameters())
+        inner += layer.in_features + layer.out_features
     head = model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
     config = config.get_text_config()
@@ -124,12 +128,12 @@ def sizes_of(config) -> Sizes:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Sizes(
         P=model.num_parameters(),
-        linear=sum(p.numel() for layer in linear for p in layer.parameters()),
+        linear=linear,
         head=head.numel(),
         own_head=0 if tied else head.numel(),
         V=len(head),
-        inner=sum(layer.in_features + layer.out_features for layer in linear),
-        num_linear=len(linear),
+        inner=inner,
+        num_linear=len(layers),
         H=config.hidden_size,
         layers=config.num_hidden_layers,
         q=heads * width,
