@@ -14,7 +14,7 @@ What is done differently from the paper, and why:
 
 One CPU core, the embedded world, 35 s:  python dpo.py
 One CUDA GPU, a real model and data:     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --beta 0.1 \
-    --dataset trl-lib/ultrafeedback_binarized --learning-rate 5e-7 --micro-batch-size 4 --max-length 8192
+    --dataset trl-lib/ultrafeedback_binarized --learning-rate 5e-7 --micro-batch-size 2 --max-length 8192
 """
 
 import math

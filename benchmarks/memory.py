@@ -258,10 +258,10 @@ def examples() -> dict:
     each of its rows has --max-length tokens, and of steps that were measured on a GPU; a table of 8B."""
     half = sizes_of(config_of("0.5B"))
     peak = lambda script, args: round(plan(half, script, args)["peak"] / GIB, 1)
-    whole = Args(micro_batch_size=4, prompt_tokens=512, response_tokens=8192 - 512)
+    whole = Args(micro_batch_size=2, prompt_tokens=512, response_tokens=8192 - 512)
     commands = {
         "as documented": whole,
-        "--micro-batch-size 2": replace(whole, micro_batch_size=2),
+        "--micro-batch-size 4": replace(whole, micro_batch_size=4),
         "--max-length 4096": replace(whole, response_tokens=4096 - 512),
         "--gradient-checkpointing": replace(whole, gradient_checkpointing=True)}
     result = {"dpo.py": {name: peak("dpo", args) for name, args in commands.items()}, "H200": {}}

@@ -43,7 +43,7 @@ def size(tensors) -> int:
 
 def lightened(model, rank=0, autocast=contextlib.nullcontext):
     """With adapters, if it is trained, and frozen weights as the scripts have them."""
-    common.lighten(model, types.SimpleNamespace(lora_rank=rank, seed=1, shard=False), autocast)
+    common.lighten(types.SimpleNamespace(lora_rank=rank, seed=1, shard=False), autocast, model)
     return model
 
 

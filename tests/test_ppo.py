@@ -386,7 +386,7 @@ class PositionCritic(torch.nn.Module):
         place = torch.arange(input_ids.shape[1], dtype=torch.float32)
         return SimpleNamespace(last_hidden_state=place.expand(input_ids.shape)[..., None])
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, **_):
         pass
 
 
