@@ -65,7 +65,7 @@ def test_merged_is_what_was_trained_and_without_adapters_is_the_start(kind, tmp_
         assert torch.equal(model(IDS).logits, want)
         common.save_model(model, bpe_tokenizer, tmp_path / "model")
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-        assert torch.allclose(loaded(IDS).logits, want, rtol=1e-5, atol=1e-5)
+        assert (loaded(IDS).logits - want).abs().max() <= 1e-5 * want.abs().max()  # which is about 6
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert saved.keys() <= plain.state_dict().keys() and not (tmp_path / "model" / "adapter_config.json").exists()
 
