@@ -6,7 +6,7 @@
 All methods of a seed start from one SFT model, and those that need a reward have one reward model:
 
     SFT                  sft.py on the 4,000 demonstrations
-    SFT, twice the data  sft.py on 8,000 demonstrations, from random weights
+    SFT, twice the data  sft.py on 8,000 demonstrations from random weights, in as many steps
     FeedME               sft.py from the SFT model, on the chosen side of each pair
     conditioning         the same on both sides, behind a word for good or for bad; asked with that for good
     best-of-16           the SFT model; of 16 responses that of the highest learned reward; nothing is trained
@@ -78,8 +78,7 @@ PUBLISHED = {
     "Quark, shipped": (35.6, None),
     "PPO": (46.8, 55.1),
 }
-
-
+SHARED = "sft", "reward_model"  # runs that methods of a seed have in common
 COLUMNS = "win gold learned kl fraction ess length seconds seconds_in_all".split()
 
 
@@ -89,11 +88,9 @@ class Args:
     dpo_seeds: int = 10  # of SFT and DPO
     folder: str = "runs/alpacafarm"  # of the runs
     output: str = "benchmarks/results/alpacafarm"  # .json and .png
-    winners: int = 40  # a prompt, for expert iteration
-    reference_samples: int = 4000  # of the SFT model a prompt, for the frontier and best-of-n
-    policy_samples: int = 300  # of each policy a prompt
-    rows: int = 0  # of each data file (0: all)
-    episodes: int = 0  # of PPO, GRPO and each Quark (0: their defaults)
+    winners: int = 20  # a prompt, for expert iteration
+    reference_samples: int = 3000  # of the SFT model a prompt, for the frontier and best-of-n
+    policy_samples: int = 200  # of each policy a prompt
     tiny: bool = False  # few rows, samples and steps: to see that it runs
 
 
@@ -102,7 +99,7 @@ class Quark:
     """Settings of one of its two forms."""
 
     keep_best: int = 0  # train on the best of so many parts of this round alone (0: on all responses so far)
-    episodes: int = 10240  # responses sampled in all
+    episodes: int = 5120  # responses sampled in all
     responses: int = 512  # a round
     steps: int = 16  # optimizer steps a round
     batch_size: int = 64  # responses a step
@@ -115,7 +112,7 @@ class Quark:
 
 FORMS = {
     "Quark": Quark(),
-    "Quark, shipped": Quark(keep_best=4, responses=256, steps=1, entropy_coef=0.0),
+    "Quark, shipped": Quark(keep_best=4, episodes=10240, responses=256, steps=1, entropy_coef=0.0),
 }
 
 
@@ -133,6 +130,19 @@ def best_of_n_weights(scores, n):
     most = torch.searchsorted(order, scores, right=True).double()
     less = torch.searchsorted(order, scores).double()
     return ((most / number) ** n - (less / number) ** n) / (most - less)
+
+
+def chosen_weights(rewards):
+    """The law of the chosen side of a pair whose two voters agree, where pi is uniform on N samples and a vote
+    is Bradley-Terry: a weighs E_b[sigma(r_a - r_b)^2]. FeedME and conditioning aim at it. (prompts, N) each.
+    """
+    weights = torch.stack([torch.sigmoid(r[:, None] - r).square().mean(1) for r in rewards])
+    return weights / weights.sum(1, keepdim=True)
+
+
+def kl_of(weights):
+    """KL of such a law to pi, the mean over prompts, nats."""
+    return (weights * (weights * weights.shape[1]).log()).sum(1).mean().item()
 
 
 def quantiles(scores, number):
@@ -266,14 +276,16 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def write_data(args: Args, folder: Path) -> None:
-    """The rows that depend on no seed: the world's, cut to args.rows, and what methods make of them."""
+    """The rows that depend on no seed: the world's, and what methods make of them."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = lambda row: {key: x for key, x in row.items() if key != "_where"}
     for split in ("", "_test"):
         files = {}
         for name in ("demonstrations", "preferences", "prompts"):
             rows = [plain(row) for row in read_rows(f"data/{name}{split}.jsonl")]
-            files[name] = rows[: args.rows or None]
+            files[name] = rows[: 500 if split else None]  # an evaluation takes time
+            if args.tiny:
+                files[name] = rows[:128]
         decided = [row for row in files["preferences"] if row["mu"] == 1]
         files["feedme"] = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in decided]
         files["conditioning"] = []
@@ -305,7 +317,7 @@ def command(script, flags: dict) -> str:
     return " ".join(words)
 
 
-def step(folder: Path, name: str, what: str, function) -> None:
+def once(folder: Path, name: str, what: str, function) -> None:
     """function(), unless it has finished before: with its CPU seconds on file, and `what` in commands.txt."""
     record = folder / f"{name}.seconds.json"
     if record.exists():
@@ -324,7 +336,7 @@ def step(folder: Path, name: str, what: str, function) -> None:
 def run(folder: Path, name: str, script, **flags) -> None:
     """A script makes folder/name."""
     flags = {**flags, "output_dir": str(folder / name)}
-    step(folder, name, command(script, flags), lambda: script.main(script.Args(**flags)))
+    once(folder, name, command(script, flags), lambda: script.main(script.Args(**flags)))
 
 
 def run_seed(args: Args, seed: int, whole: bool) -> dict:
@@ -341,7 +353,7 @@ def run_seed(args: Args, seed: int, whole: bool) -> dict:
     if not whole:
         return methods
 
-    run(folder, "twice", sft, dataset=file("twice"), seed=seed, eval_every=0)
+    run(folder, "twice", sft, dataset=file("twice"), num_train_epochs=2, seed=seed, eval_every=0)
     methods["SFT, twice the data"] = ("twice", "", ["twice"])
     for name, method, word in (("feedme", "FeedME", ""), ("conditioning", "conditioning", GOOD)):
         run(folder, name, sft, dataset=file(name), num_train_epochs=1, **common)
@@ -351,24 +363,26 @@ def run_seed(args: Args, seed: int, whole: bool) -> dict:
     methods["best-of-16"] = ("", "", ["sft", "reward_model"])
     winners = folder / "winners.jsonl"
     what = f"best of {N} responses to {args.winners} times each prompt -> {winners}"
-    step(folder, "winners", what, lambda: write_winners(args, seed, start, reward, file("prompts"), winners))
+    once(folder, "winners", what, lambda: write_winners(args, seed, start, reward, file("prompts"), winners))
     run(folder, "expert_iteration", sft, dataset=str(winners), eval_dataset=file("demonstrations_test"),
         num_train_epochs=3, **common)
     way = ["sft", "reward_model", "winners", "expert_iteration"]
     methods["expert iteration"] = ("expert_iteration", "", way)
 
-    episodes = {"total_episodes": args.episodes} if args.episodes else {}
-    learned = {"reward": (reward,), "dataset": file("prompts"), **common, **episodes}
+    learned = {"reward": (reward,), "dataset": file("prompts"), **common}
+    if args.tiny:
+        learned["total_episodes"] = 256
     run(folder, "ppo", ppo, **learned)
     run(folder, "grpo", grpo, kl_in="reward", **learned)
     for name, method in (("ppo", "PPO"), ("grpo", "GRPO")):
         methods[method] = (name, "", ["sft", "reward_model", name])
     for method, config in FORMS.items():
-        config = replace(config, episodes=args.episodes or config.episodes)
+        if args.tiny:
+            config = replace(config, episodes=256, responses=128, steps=1)
         name = method.lower().replace(", ", "_")
         train = lambda config=config, name=name: train_quark(
             config, seed, start, reward, file("prompts"), folder / name)
-        step(folder, name, f"{method}: {asdict(config)}, seed {seed} -> {folder / name}", train)
+        once(folder, name, f"{method}: {asdict(config)}, seed {seed} -> {folder / name}", train)
         methods[method] = (name, "" if config.keep_best else PARTS[0], ["sft", "reward_model", name])
     return methods
 
@@ -387,6 +401,18 @@ def win_rate(values, weights, ref_values):
     return torch.stack(rates).mean().item()
 
 
+def figures(values, weights, kl, ref_values) -> dict:
+    """Of one method: values {gold, length, perhaps learned: (prompts, n)}; weights (prompts, n) sum to 1."""
+    row = {"kl": kl, "win": win_rate(values["gold"], weights, ref_values["gold"])}
+    for name, x in values.items():
+        row[name] = (weights * x).sum(1).mean().item()
+    if kl > 1e-9:  # not the SFT model itself
+        start = ref_values["gold"].mean().item()
+        row["best"], row["ess"], _ = frontier_at(ref_values["gold"], kl)
+        row["fraction"] = (row["gold"] - start) / (row["best"] - start)
+    return row
+
+
 def judge(args: Args, seed: int, methods: dict) -> dict:
     """{methods: {method: its figures on held-out prompts}, frontier: its curve, CPU seconds}."""
     folder = Path(args.folder) / f"seed{seed}"
@@ -397,59 +423,44 @@ def judge(args: Args, seed: int, methods: dict) -> dict:
             return result
     began = time.process_time()
     reference, tokenizer, eos_ids = load(str(folder / "sft" / "model"), seed)
-    rows = read_rows(str(Path(args.folder) / "data" / "prompts_test.jsonl"))
-    specs = {"gold": GOLD}
+    rewards = {"gold": load_score(GOLD, tokenizer, eos_ids, seed)}
     if "best-of-16" in methods:
-        specs["learned"] = str(folder / "reward_model" / "model")
-    rewards = {}
-    for name, spec in specs.items():
-        rewards[name] = load_score(spec, tokenizer, eos_ids, seed)
+        rewards["learned"] = load_score(str(folder / "reward_model" / "model"), tokenizer, eos_ids, seed)
+    rows = read_rows(str(Path(args.folder) / "data" / "prompts_test.jsonl"))
+    ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
 
     def draw(model, word, number, seed):
-        """({reward: (prompts, number)}, batch) of responses to the prompts behind the word."""
-        ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
+        """({gold, learned, length: (prompts, number)}, batch) of responses to the prompts behind the word."""
         prompts = [row for row in ids for _ in range(number)]
         repeated = [row for row in rows for _ in range(number)]
-        told = [word + prompt for prompt in prompts]
-        batch = sample(model, told, 40, eos_ids, seed=seed, batch_size=1000)
-        responses = responses_of(batch)
-        values = {}
+        batch = sample(model, [word + prompt for prompt in prompts], 40, eos_ids, seed=seed, batch_size=1000)
+        values = {"length": batch["mask"].sum(1)}
         for name, score in rewards.items():
-            values[name] = score(repeated, prompts, responses).double().view(len(rows), number)
-        return values, batch
+            values[name] = score(repeated, prompts, responses_of(batch))
+        return {name: x.double().view(len(rows), number) for name, x in values.items()}, batch
 
     def seconds(names):
         return sum(json.loads((folder / f"{name}.seconds.json").read_text())["seconds"] for name in names)
 
-    ref_values, batch = draw(reference, [], args.reference_samples, seed)
-    ref_lengths = batch["mask"].sum(1).double().view(len(rows), -1)
+    ref_values, _ = draw(reference, [], args.reference_samples, seed)
     result = {"frontier": [tilted(ref_values["gold"], beta)[:2] for beta in BETAS], "methods": {}}
     for method, (name, word, way) in methods.items():
-        if method == "best-of-16":
-            values, lengths = ref_values, ref_lengths
-            weights = best_of_n_weights(ref_values["learned"], N)
-            kl = (weights * (weights * weights.shape[1]).log()).sum(1).mean().item()
+        if method in ("SFT", "best-of-16"):  # best of 1, and of 16
+            values, scores = ref_values, ref_values.get("learned", ref_values["gold"])
+            weights = best_of_n_weights(scores, 1 if method == "SFT" else N)
+            kl = kl_of(weights)
         else:
             policy, *_ = load(str(folder / name / "model"), seed)
             token = tokenizer(word)["input_ids"] if word else []
             values, batch = draw(policy, token, args.policy_samples, seed + 1)
-            lengths = batch["mask"].sum(1).double().view(len(rows), -1)
-            weights = torch.full_like(lengths, 1 / lengths.shape[1])
+            weights = torch.full_like(values["gold"], 1 / args.policy_samples)
             kl = kl_to(policy, reference, batch, 1000, len(token)).double().mean().item()
-        row = {"kl": kl, "win": win_rate(values["gold"], weights, ref_values["gold"])}
-        for name, x in {**values, "length": lengths}.items():
-            row[name] = (weights * x).sum(1).mean().item()
-        if method == "SFT":
-            row |= {"kl": 0.0, "win": 0.5}
-        else:
-            start = ref_values["gold"].mean().item()
-            row["best"], row["ess"], _ = frontier_at(ref_values["gold"], kl)
-            row["fraction"] = (row["gold"] - start) / (row["best"] - start)
-        own = [step for step in way if step not in ("sft", "reward_model")]
-        if method == "SFT":
-            own = way
-        row |= {"seconds": seconds(own), "seconds_in_all": seconds(way)}
+        row = figures(values, weights, kl, ref_values)
+        row["seconds_in_all"] = seconds(way)
+        row["seconds"] = seconds(part for part in way if method == "SFT" or part not in SHARED)
         result["methods"][method] = row
+    weights = chosen_weights(ref_values["gold"])
+    result["chosen"] = figures(ref_values, weights, kl_of(weights), ref_values)
     result["judging"] = time.process_time() - began
     result["training"] = seconds([file.name.partition(".")[0] for file in folder.glob("*.seconds.json")])
     file.write_text(json.dumps(result) + "\n")
@@ -469,17 +480,23 @@ def separated(a: list[float], b: list[float]) -> dict:
     return {"mean": mean(gaps), "se": se, "separated": abs(mean(gaps)) > limit * se}
 
 
+def over_seeds(rows: list[dict]) -> dict:
+    """{column: values, mean and standard error} of what one method has in each seed."""
+    columns = {}
+    for column in COLUMNS:
+        values = [row[column] for row in rows if column in row]
+        if values:
+            se = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            columns[column] = {"mean": mean(values), "se": se, "seeds": values}
+    return columns
+
+
 def summary(judged: list[dict]) -> dict:
-    """{method: {column: values, mean and standard error over seeds}}, the best win rate first."""
+    """{method: over_seeds of it}, the best win rate first."""
     methods = {}
     for name in judged[0]["methods"]:
-        rows = [result["methods"][name] for result in judged if name in result["methods"]]
-        methods[name] = {}
-        for column in COLUMNS:
-            values = [row[column] for row in rows if column in row]
-            if values:
-                se = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-                methods[name][column] = {"mean": mean(values), "se": se, "seeds": values}
+        results = [result["methods"] for result in judged]
+        methods[name] = over_seeds([result[name] for result in results if name in result])
     return dict(sorted(methods.items(), key=lambda item: -item[1]["win"]["mean"]))
 
 
@@ -495,7 +512,7 @@ def pairs(methods: dict, column: str) -> list[dict]:
     return found
 
 
-def number(cell: dict | None, digits: int) -> str:
+def shown(cell: dict | None, digits: int) -> str:
     if cell is None:
         return "–"
     error = "" if cell["se"] is None else f" ± {cell['se']:.{digits}f}"
@@ -508,34 +525,44 @@ def table(methods: dict) -> list[str]:
              "| CPU s | in all | published: simulated, human |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in methods.items():
         published = ", ".join("–" if x is None else f"{x}" for x in PUBLISHED.get(name, ("–",)))
-        cells = [name, str(len(row["win"]["seeds"])), number(row["win"], 3), number(row["gold"], 2),
-                 number(row["kl"], 2), number(row.get("fraction"), 3), f"{row['length']['mean']:.1f}",
+        cells = [name, str(len(row["win"]["seeds"])), shown(row["win"], 3), shown(row["gold"], 2),
+                 shown(row["kl"], 2), shown(row.get("fraction"), 3), f"{row['length']['mean']:.1f}",
                  f"{row['seconds']['mean']:.0f}", f"{row['seconds_in_all']['mean']:.0f}", published]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def verdicts(methods: dict, orders: dict) -> list[str]:
+def verdicts(methods: dict, orders: dict, chosen: dict) -> list[str]:
     """What the table shows, one line each."""
     lines = []
     highest = {name: max(row["fraction"]["seeds"]) for name, row in methods.items() if "fraction" in row}
     over = [name for name, fraction in highest.items() if fraction > 1]
     name = max(highest, key=highest.get)
     under = f"NO: {over}" if over else "yes"
-    lines.append(f"every point of every seed under the exact frontier: {under}; the highest is {name} with "
+    lines.append(f"all points of all seeds under the exact frontier: {under}; the highest is {name} with "
                  f"{highest[name]:.3f} of it")
     bound = math.log(N) - (N - 1) / N
     kl = max(methods["best-of-16"]["kl"]["seeds"])
-    lines.append(f"KL of best-of-{N}: at most {kl:.4f}, the bound log n - (n - 1) / n is {bound:.4f}: "
-                 f"{'holds' if kl <= bound else 'FAILS'}")
-    for column, found in orders.items():
-        words = [found[0]["better"]]
-        for pair in found:
+    holds = "holds" if kl <= bound else "FAILS"
+    lines.append(f"KL of best-of-{N}, by the ranks of its samples: at most {kl:.4f} nats in any seed; the "
+                 f"bound log {N} - {N - 1}/{N} = {bound:.4f} {holds}")
+    lines.append(f"FeedME and conditioning aim at the law of the chosen sides, whose win rate is "
+                 f"{shown(chosen['win'], 3)} at a KL of {shown(chosen['kl'], 2)} and a fraction of "
+                 f"{shown(chosen['fraction'], 3)}")
+    for column, name in (("win", "win rate"), ("fraction", "fraction of the frontier")):
+        words = [orders[column][0]["better"]]
+        for pair in orders[column]:
             if pair["places"] == 1:
-                words += [">" if pair["separated"] else "~", pair["worse"]]
-        lines.append(f"order by {column} (> separated from the next, ~ not): {' '.join(words)}")
-        same = [f"{pair['better']} ~ {pair['worse']}" for pair in found if not pair["separated"]]
-        lines.append(f"not separated by {column}: {'; '.join(same) or 'none'}")
+                words += [">" if pair["separated"] else "≈", pair["worse"]]
+        lines.append(f"order by {name}, > where a method is separated from the next and ≈ where it is not: "
+                     f"{' '.join(words)}")
+        same = [f"{pair['better']} ≈ {pair['worse']}" for pair in orders[column] if not pair["separated"]]
+        lines.append(f"not separated by {name}, of {len(orders[column])} pairs: {'; '.join(same) or 'none'}")
+    for kind, name in enumerate(("simulated", "human")):
+        there = [method for method, rates in PUBLISHED.items() if rates[kind]]
+        there.sort(key=lambda method: -PUBLISHED[method][kind])
+        here = [method for method in methods if method in there]
+        lines.append(f"AlpacaFarm's order, {name} annotators: {' > '.join(there)}; here: {' > '.join(here)}")
     return lines
 
 
@@ -562,7 +589,7 @@ def picture(methods: dict, curve: list, file: str) -> None:
 
 def main(args: Args) -> dict:
     if args.tiny:
-        args = replace(args, rows=128, winners=1, reference_samples=64, policy_samples=8, episodes=1024)
+        args = replace(args, winners=1, reference_samples=64, policy_samples=8)
     write_data(args, Path(args.folder) / "data")
     judged = []
     for seed in range(1, max(args.seeds, args.dpo_seeds) + 1):
@@ -570,7 +597,8 @@ def main(args: Args) -> dict:
         judged.append(judge(args, seed, methods))
     methods = summary(judged)
     orders = {"win": pairs(methods, "win"), "fraction": pairs(methods, "fraction")}
-    lines = verdicts(methods, orders)
+    chosen = over_seeds([result["chosen"] for result in judged])
+    lines = verdicts(methods, orders, chosen)
     print("\n".join(table(methods) + lines))
     seconds = {name: sum(result[name] for result in judged) for name in ("training", "judging")}
     print(f"CPU seconds: {seconds['training']:.0f} of training, {seconds['judging']:.0f} of judging")
@@ -578,8 +606,8 @@ def main(args: Args) -> dict:
     versions = {name: version(name) for name in ("torch", "transformers")}
     result = {"args": asdict(args), "hardware": hardware("cpu"), "versions": versions, "cpu_seconds": seconds,
               "commands_of_seed_1": commands, "quark": {name: asdict(x) for name, x in FORMS.items()},
-              "published": PUBLISHED, "methods": methods, "pairs": orders, "verdicts": lines,
-              "frontier_of_seed_1": judged[0]["frontier"]}
+              "published": PUBLISHED, "methods": methods, "chosen": chosen, "pairs": orders,
+              "verdicts": lines, "frontier_of_seed_1": judged[0]["frontier"]}
     rounded = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in rounded.items())
     Path(f"{args.output}.json").write_text("{" + lines + "}\n")

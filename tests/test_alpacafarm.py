@@ -18,7 +18,7 @@ import pytest
 import torch
 import tyro
 from alpacafarm import Args, Quark, best_of_n_weights, quantiles, quark_losses
-from common import load_prompts, read_rows
+from common import load_prompts, read_rows, responses_of
 from conftest import ROOT, make_model, noise
 from make_world import ADJECTIVES, VERBS
 from tiny_runs import read
@@ -59,7 +59,7 @@ def test_the_kl_of_best_of_n_is_below_its_bound():
     free = kl(noise(3, 4000))
     assert bound - 1e-4 < free < bound
     tied = kl(noise(3, 4000).round())
-    assert 0.3 < tied < bound - 0.3
+    assert 1 < tied < bound - 0.1
     assert kl(torch.ones(1, 50)) == pytest.approx(0, abs=1e-12)
 
 
@@ -78,7 +78,7 @@ def test_quarks_loss_by_enumeration():
     targets = torch.tensor([0, 5, 2, 2])
     got = quark_losses(logits, ref_logits, targets, 0.3, 0.2)
     for n in range(4):
-        p, q = (x[n].exp() / x[n].exp().sum() for x in (logits.detach(), ref_logits))
+        p, q = ((x[n].exp() / x[n].exp().sum()).tolist() for x in (logits.detach(), ref_logits))
         kl = sum(p[v] * math.log(p[v] / q[v]) for v in range(6))
         entropy = -sum(p[v] * math.log(p[v]) for v in range(6))
         assert got[n].item() == pytest.approx(-math.log(p[targets[n]]) + 0.3 * kl - 0.2 * entropy, abs=1e-12)
@@ -93,7 +93,8 @@ def test_quarks_gradient_by_differences():
     for place in itertools.product(range(3), range(5)):
         step = torch.zeros_like(logits)
         step[place] = 1e-6
-        assert got[place] == pytest.approx((loss(logits + step) - loss(logits - step)) / 2e-6, abs=1e-8)
+        want = (loss(logits + step) - loss(logits - step)) / 2e-6
+        assert got[place].item() == pytest.approx(want.item(), abs=1e-8)
 
 
 def test_quarks_loss_keeps_the_reference_at_its_own_samples():
@@ -119,12 +120,13 @@ class Watch:
     """What train_quark gave to its functions, in order."""
 
     def __init__(self, monkeypatch):
-        self.samples, self.logits = [], []
+        self.samples, self.responses, self.logits = [], [], []
         sample, logits = alpacafarm.sample, alpacafarm.token_logits
 
         def watched_sample(model, prompts, *rest, **options):
             batch = sample(model, prompts, *rest, **options)
             self.samples.append(prompts)
+            self.responses.append(responses_of(batch))
             return batch
 
         def watched_logits(model, prompts, responses):
@@ -143,7 +145,7 @@ def length(prompts, completions, **columns):
 
 @pytest.fixture
 def quark(tiny, tmp_path, monkeypatch):
-    """quark(config) -> (what was seen, ids of a prompt -> True), trained towards long responses."""
+    """quark(**settings) -> what was seen of training towards long responses."""
 
     def train(**settings):
         (tmp_path / "reward.py").write_text(LENGTH)
@@ -156,14 +158,20 @@ def quark(tiny, tmp_path, monkeypatch):
     return train
 
 
-def words(tokenizer_of):
-    _, tokenizer, _ = alpacafarm.load(tokenizer_of, 1)
-    known = {tuple(ids) for _, ids in load_prompts(tokenizer, read_rows(str(ROOT / "data" / "prompts.jsonl")), 512)}
-    return known, [ids[0] for ids in tokenizer(list("12345"))["input_ids"]]
+@pytest.fixture
+def tokenizer(tiny):
+    return alpacafarm.load(str(tiny.folder / "seed1" / "sft" / "model"), 1)[1]
 
 
-def test_quark_as_published(quark, tiny):
-    known, tokens = words(str(tiny.folder / "seed1" / "sft" / "model"))
+@pytest.fixture
+def known(tokenizer):
+    """The token ids of the prompts."""
+    rows = read_rows(str(ROOT / "data" / "prompts.jsonl"))
+    return {tuple(ids) for _, ids in load_prompts(tokenizer, rows, 512)}
+
+
+def test_quark_as_published(quark, tokenizer, known):
+    tokens = [ids[0] for ids in tokenizer(list("12345"))["input_ids"]]
     watch = quark(episodes=60, responses=20, steps=3, batch_size=20)
     first, *later = watch.samples
     assert len(later) == 2 and all(tuple(ids) in known for ids in first)
@@ -176,23 +184,25 @@ def test_quark_as_published(quark, tiny):
         assert [ids[1:] for ids in prompts] == ref_prompts and all(tuple(ids) in known for ids in ref_prompts)
         shown = {token: [] for token in tokens}
         for ids, response in zip(prompts, responses):
-            shown[ids[0]].append(len(response))
+            shown[ids[0]].append(len(tokenizer.decode(response, skip_special_tokens=True)))
         lengths = [shown[token] for token in tokens if shown[token]]  # from the best part to the worst
         assert len(lengths) > 2
         for better, worse in itertools.pairwise(lengths):
-            assert min(better) >= max(worse) - 2  # a longer text may have a token less
-    in_round_1 = [len(x) for _, (_, responses) in learned[:1] for x in responses]
-    assert len(in_round_1) == 20 and len({str(x) for _, (p, x) in learned[:3] for x in x}) <= 20  # the pool's
-    assert len({str(x) for _, (p, x) in learned[6:] for x in x}) > 25  # older responses stay
+            assert min(better) >= max(worse)
+    texts = [{str(x) for x in responses} for _, (_, responses) in learned]
+    assert len(set.union(*texts[:3])) <= 20 < len(set.union(*texts[6:]))  # older responses stay
 
 
-def test_quark_as_shipped(quark, tiny):
-    known, _ = words(str(tiny.folder / "seed1" / "sft" / "model"))
+def test_quark_as_shipped(quark, tokenizer, known):
     watch = quark(keep_best=4, episodes=80, responses=40, steps=1, batch_size=10)
     assert all(tuple(ids) in known for prompts in watch.samples for ids in prompts)
     assert len(watch.samples) == 2 and len(watch.logits) == 4
     for (ref_prompts, ref_responses), (prompts, responses) in zip(watch.logits[::2], watch.logits[1::2]):
         assert ref_prompts == prompts and ref_responses == responses and len(responses) == 10
+    for all_of_them, best in zip(watch.responses, watch.logits[1::2]):
+        lengths = sorted(len(tokenizer.decode(x, skip_special_tokens=True)) for x in all_of_them)
+        kept = sorted(len(tokenizer.decode(x, skip_special_tokens=True)) for x in best[1])
+        assert kept == lengths[-10:]
 
 
 # ---- The rows ----
@@ -212,8 +222,8 @@ def test_the_rows_of_each_method(tiny):
     assert rows["twice"][:half] == rows["demonstrations"] and len(rows["twice"]) == 2 * half
 
 
-def test_more_demonstrations_are_of_the_worlds_kind(tiny):
-    rows, old = alpacafarm.more_demonstrations(2000, read(ROOT / "data" / "prompts.jsonl")), None
+def test_more_demonstrations_are_of_the_worlds_kind():
+    rows = alpacafarm.more_demonstrations(2000, read(ROOT / "data" / "prompts.jsonl"))
     old = read(ROOT / "data" / "demonstrations.jsonl")
     assert {row["prompt"] for row in rows} == {row["prompt"] for row in old}
     assert {word for row in rows for word in row["completion"].split()} == {
@@ -226,29 +236,27 @@ def test_more_demonstrations_are_of_the_worlds_kind(tiny):
     assert len({row["completion"] for row in rows} & {row["completion"] for row in old}) < 100
 
 
-def test_a_word_is_one_token_more(tiny):
-    _, tokenizer, _ = alpacafarm.load(str(tiny.folder / "seed1" / "sft" / "model"), 1)
+def test_a_word_is_one_token_more(tokenizer):
     plain = tokenizer("review of the plot :")["input_ids"]
     for word in [alpacafarm.GOOD, alpacafarm.BAD, *alpacafarm.PARTS]:
         told = tokenizer(word + "review of the plot :")["input_ids"]
         assert told[1:] == plain and told[:1] == tokenizer(word)["input_ids"] != [tokenizer.unk_token_id]
 
 
-def test_winners_are_the_best_of_their_group(tiny, tmp_path, monkeypatch):
+def test_winners_are_the_best_of_their_group(tiny, tokenizer, tmp_path, monkeypatch):
     """By a reward that is the response's length; the groups are those of the sampler."""
     (tmp_path / "reward.py").write_text(LENGTH)
     groups, original = [], alpacafarm.sample
 
     def watched(model, prompts, *rest, **options):
         batch = original(model, prompts, *rest, **options)
-        groups.append((prompts, alpacafarm.responses_of(batch)))
+        groups.append((prompts, responses_of(batch)))
         return batch
 
     monkeypatch.setattr(alpacafarm, "sample", watched)
     start, file = str(tiny.folder / "seed1" / "sft" / "model"), tmp_path / "winners.jsonl"
     alpacafarm.write_winners(
         Args(winners=2), 1, start, f"{tmp_path}/reward.py:length", str(ROOT / "data" / "prompts_test.jsonl"), file)
-    _, tokenizer, _ = alpacafarm.load(start, 1)
     ((prompts, responses),) = groups
     rows = read(file)
     assert len(rows) == 12 * 2 and len(prompts) == 12 * 2 * 16
