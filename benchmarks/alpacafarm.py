@@ -133,8 +133,8 @@ def best_of_n_weights(scores, n):
 
 
 def chosen_weights(rewards):
-    """The law of the chosen side of a pair whose two voters agree, where pi is uniform on N samples and a vote
-    is Bradley-Terry: a weighs E_b[sigma(r_a - r_b)^2]. FeedME and conditioning aim at it. (prompts, N) each.
+    """The law of the chosen side of pairs whose two voters agree, pi being uniform on N samples and a vote
+    Bradley-Terry: a weighs E_b[sigma(r_a - r_b)^2]. FeedME and conditioning aim at it. (prompts, N) both.
     """
     weights = torch.stack([torch.sigmoid(r[:, None] - r).square().mean(1) for r in rewards])
     return weights / weights.sum(1, keepdim=True)

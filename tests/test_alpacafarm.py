@@ -52,15 +52,30 @@ def test_the_kl_of_best_of_n_is_below_its_bound():
     """log n - (n - 1) / n without ties and with many samples; less with ties; 0 if all are equal."""
     bound = math.log(16) - 15 / 16
 
-    def kl(scores):
-        w = best_of_n_weights(scores, 16)
-        return (w * (w * scores.shape[1]).log()).sum(1).mean().item()
-
+    kl = lambda scores: alpacafarm.kl_of(best_of_n_weights(scores, 16))
     free = kl(noise(3, 4000))
     assert bound - 1e-4 < free < bound
     tied = kl(noise(3, 4000).round())
     assert 1 < tied < bound - 0.1
     assert kl(torch.ones(1, 50)) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_law_of_chosen_sides():
+    """By all pairs of samples and all votes of two voters on each; pairs that they disagree on are left out."""
+    rewards = noise(2, 4)
+    got = alpacafarm.chosen_weights(rewards)
+    for r, weights in zip(rewards.tolist(), got.tolist()):
+        law = [0.0] * 4
+        for a, b, first, second in itertools.product(range(4), range(4), (True, False), (True, False)):
+            p = 1 / (1 + math.exp(r[b] - r[a]))
+            chance = (p if first else 1 - p) * (p if second else 1 - p)
+            if first and second:
+                law[a] += chance
+            elif not first and not second:
+                law[b] += chance
+        assert weights == pytest.approx([x / sum(law) for x in law], abs=1e-12)
+    kl = sum(w * math.log(4 * w) for weights in got.tolist() for w in weights) / 2
+    assert alpacafarm.kl_of(got) == pytest.approx(kl, abs=1e-12)
 
 
 # ---- Quark ----
@@ -393,3 +408,17 @@ def result():
 def test_the_table_is_that_of_the_results(result):
     for line in alpacafarm.table(result["methods"]):
         assert line in TEXT
+
+
+def test_the_verdicts_are_those_of_the_results(result):
+    text = " ".join(TEXT.split())
+    methods, orders = result["methods"], result["pairs"]
+    for line in alpacafarm.verdicts(methods, orders, result["chosen"]):
+        assert line in text
+
+
+def test_the_results_are_of_runs_with_these_settings(result):
+    assert result["quark"] == {name: vars(form) for name, form in alpacafarm.FORMS.items()}
+    assert {key: tuple(x) for key, x in result["published"].items()} == alpacafarm.PUBLISHED
+    assert all(row["fraction"]["mean"] < 1 for row in result["methods"].values() if "fraction" in row)
+    assert max(result["methods"]["best-of-16"]["kl"]["seeds"]) <= math.log(16) - 15 / 16
