@@ -99,7 +99,7 @@ class Quark:
     """Settings of one of its two forms."""
 
     keep_best: int = 0  # train on the best of so many parts of this round alone (0: on all responses so far)
-    episodes: int = 5120  # responses sampled in all
+    episodes: int = 10240  # responses sampled in all
     responses: int = 512  # a round
     steps: int = 16  # optimizer steps a round
     batch_size: int = 64  # responses a step
@@ -112,7 +112,7 @@ class Quark:
 
 FORMS = {
     "Quark": Quark(),
-    "Quark, shipped": Quark(keep_best=4, episodes=10240, responses=256, steps=1, entropy_coef=0.0),
+    "Quark, shipped": Quark(keep_best=4, responses=256, steps=1, entropy_coef=0.0),
 }
 
 
@@ -268,7 +268,10 @@ def load(folder: str, seed: int):
 
 def load_score(spec: str, tokenizer, eos_ids: list[int], seed: int):
     """score(rows, prompts, responses) of a reward."""
-    return load_reward(spec, tokenizer, eos_ids, options(seed), CPU, contextlib.nullcontext)[0]
+    score, model = load_reward(spec, tokenizer, eos_ids, options(seed), CPU, contextlib.nullcontext)
+    if model is not None:
+        use_rows(model)
+    return score
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

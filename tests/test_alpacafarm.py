@@ -332,7 +332,7 @@ def test_a_policys_gap_is_paired_by_seed():
     ten, eleven = [0.1, 0.5, 0.9], [0.2, 0.61, 0.99]
     got = alpacafarm.separated(ten, eleven)
     assert got["mean"] == pytest.approx(0.1) and got["separated"]
-    assert not alpacafarm.separated(ten, [0.2, 0.4, 1.1])["separated"]
+    assert not alpacafarm.separated(ten, [0.2, 0.8, 1.2])["separated"]
     assert not alpacafarm.separated([0.1], [0.9])["separated"]
 
 
