@@ -6,14 +6,15 @@
 All methods of a seed start from one SFT model, and those that need a reward have one reward model:
 
     SFT                  sft.py on the 4,000 demonstrations
-    SFT, twice the data  sft.py on 8,000 demonstrations from random weights, in as many steps
+    SFT on twice the data
+                         sft.py on 8,000 demonstrations from random weights, in as many steps
     FeedME               sft.py from the SFT model, on the chosen side of each pair
     conditioning         the same on both sides, behind a word for good or for bad; asked with that for good
     best-of-16           the SFT model; of 16 responses that of the highest learned reward; nothing is trained
     expert iteration     best-of-16 on training prompts, then sft.py from the SFT model on the winners
     Quark                arXiv:2205.13636: all responses so far, sorted by learned reward and cut into 5
                          parts, are trained on behind a word for their part; asked with that for the best
-    Quark, shipped       as in AlpacaFarm's code: no word; a round trains on the best quarter of its own alone
+    Quark as shipped     as in AlpacaFarm's code: no word; a round trains on the best quarter of its own alone
     PPO, GRPO            ppo.py, and grpo.py --kl-in reward, on the learned reward
     DPO                  dpo.py on the same pairs
 
@@ -75,7 +76,7 @@ PUBLISHED = {
     "conditioning": (32.4, None),
     "best-of-16": (45.0, 50.7),
     "expert iteration": (41.9, 45.7),
-    "Quark, shipped": (35.6, None),
+    "Quark as shipped": (35.6, None),
     "PPO": (46.8, 55.1),
 }
 SHARED = "sft", "reward_model"  # runs that methods of a seed have in common
@@ -112,7 +113,7 @@ class Quark:
 
 FORMS = {
     "Quark": Quark(),
-    "Quark, shipped": Quark(keep_best=4, responses=256, steps=1, entropy_coef=0.0),
+    "Quark as shipped": Quark(keep_best=4, responses=256, steps=1, entropy_coef=0.0),
 }
 
 
@@ -357,7 +358,7 @@ def run_seed(args: Args, seed: int, whole: bool) -> dict:
         return methods
 
     run(folder, "twice", sft, dataset=file("twice"), num_train_epochs=2, seed=seed, eval_every=0)
-    methods["SFT, twice the data"] = ("twice", "", ["twice"])
+    methods["SFT on twice the data"] = ("twice", "", ["twice"])
     for name, method, word in (("feedme", "FeedME", ""), ("conditioning", "conditioning", GOOD)):
         run(folder, name, sft, dataset=file(name), num_train_epochs=1, **common)
         methods[method] = (name, word, ["sft", name])
@@ -382,7 +383,7 @@ def run_seed(args: Args, seed: int, whole: bool) -> dict:
     for method, config in FORMS.items():
         if args.tiny:
             config = replace(config, episodes=256, responses=128, steps=1)
-        name = method.lower().replace(", ", "_")
+        name = "quark_shipped" if config.keep_best else "quark"
         train = lambda config=config, name=name: train_quark(
             config, seed, start, reward, file("prompts"), folder / name)
         once(folder, name, f"{method}: {asdict(config)}, seed {seed} -> {folder / name}", train)
@@ -451,7 +452,7 @@ def judge(args: Args, seed: int, methods: dict) -> dict:
         if method in ("SFT", "best-of-16"):  # best of 1, and of 16
             values, scores = ref_values, ref_values.get("learned", ref_values["gold"])
             weights = best_of_n_weights(scores, 1 if method == "SFT" else N)
-            kl = kl_of(weights)
+            kl = max(kl_of(weights), 0.0)
         else:
             policy, *_ = load(str(folder / name / "model"), seed)
             token = tokenizer(word)["input_ids"] if word else []
@@ -544,6 +545,10 @@ def verdicts(methods: dict, orders: dict, chosen: dict) -> list[str]:
     under = f"NO: {over}" if over else "yes"
     lines.append(f"all points of all seeds under the exact frontier: {under}; the highest is {name} with "
                  f"{highest[name]:.3f} of it")
+    samples = {name: row["ess"]["mean"] for name, row in methods.items() if "ess" in row}
+    low = [f"{name} ({ess:.0f})" for name, ess in samples.items() if ess < 50]
+    lines.append("fewer than 50 effective samples a prompt behind the frontier, which is too low there, and "
+                 f"the fraction too high: {', '.join(low) or 'none'}")
     bound = math.log(N) - (N - 1) / N
     kl = max(methods["best-of-16"]["kl"]["seeds"])
     holds = "holds" if kl <= bound else "FAILS"
@@ -560,7 +565,9 @@ def verdicts(methods: dict, orders: dict, chosen: dict) -> list[str]:
         lines.append(f"order by {name}, > where a method is separated from the next and ≈ where it is not: "
                      f"{' '.join(words)}")
         same = [f"{pair['better']} ≈ {pair['worse']}" for pair in orders[column] if not pair["separated"]]
-        lines.append(f"not separated by {name}, of {len(orders[column])} pairs: {'; '.join(same) or 'none'}")
+        if len(chosen["win"]["seeds"]) > 1:
+            lines.append(f"not separated by {name}, {len(same)} of {len(orders[column])} pairs: "
+                         f"{', '.join(same) or 'none'}")
     for kind, name in enumerate(("simulated", "human")):
         there = [method for method, rates in PUBLISHED.items() if rates[kind]]
         there.sort(key=lambda method: -PUBLISHED[method][kind])
@@ -579,10 +586,12 @@ def picture(methods: dict, curve: list, file: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     rewards, kls = zip(*[(methods["SFT"]["gold"]["mean"], 0.0), *curve])
     axes.plot(kls, rewards, color="black", label="exact frontier (seed 1)")
-    for name, row in methods.items():
-        point = row["kl"]["mean"], row["gold"]["mean"]
-        axes.errorbar(*point, xerr=row["kl"]["se"], yerr=row["gold"]["se"], fmt="o", capsize=2)
-        axes.annotate(name, point, textcoords="offset points", xytext=(6, -4), fontsize=9)
+    height = -math.inf
+    for name, row in sorted(methods.items(), key=lambda item: item[1]["gold"]["mean"]):
+        kl, gold = row["kl"], row["gold"]
+        axes.errorbar(kl["mean"], gold["mean"], xerr=kl["se"], yerr=gold["se"], fmt="o", capsize=2)
+        height = max(gold["mean"], height + 0.15)  # of the label, clear of the one below
+        axes.text(kl["mean"] + 0.1, height, name, fontsize=9, verticalalignment="center")
     axes.set(xlabel="KL(policy || SFT), nats a response", ylabel="gold reward, held-out prompts",
              xlim=(-0.2, 1.35 * max(row["kl"]["mean"] for row in methods.values())))
     axes.legend(loc="lower right")
@@ -611,7 +620,7 @@ def main(args: Args) -> dict:
               "commands_of_seed_1": commands, "quark": {name: asdict(x) for name, x in FORMS.items()},
               "published": PUBLISHED, "methods": methods, "chosen": chosen, "pairs": orders,
               "verdicts": lines, "frontier_of_seed_1": judged[0]["frontier"]}
-    rounded = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
+    rounded = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.7g}"))
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in rounded.items())
     Path(f"{args.output}.json").write_text("{" + lines + "}\n")
     if version("matplotlib"):

@@ -364,8 +364,8 @@ def tiny(tmp_path_factory):
                            again=again.getvalue())  # fmt: skip
 
 
-METHODS = {"SFT", "SFT, twice the data", "FeedME", "conditioning", "best-of-16", "expert iteration", "Quark",
-           "Quark, shipped", "PPO", "GRPO", "DPO"}
+METHODS = {"SFT", "SFT on twice the data", "FeedME", "conditioning", "best-of-16", "expert iteration", "Quark",
+           "Quark as shipped", "PPO", "GRPO", "DPO"}
 
 
 def test_a_tiny_run_of_everything(tiny):
