@@ -625,7 +625,7 @@ def main(args: Args) -> dict:
     Path(f"{args.output}.json").write_text("{" + lines + "}\n")
     if version("matplotlib"):
         picture(methods, judged[0]["frontier"], args.output)
-    return result
+    return rounded
 
 
 if __name__ == "__main__":
