@@ -101,13 +101,17 @@ def frontier_error(rewards: torch.Tensor, kl: float, parts: int = 8) -> float:
     return torch.tensor(bests).std().item() / math.sqrt(parts)
 
 
-def kl_to(policy, reference, batch: dict, size: int) -> torch.Tensor:
-    """KL(pi || pi_ref) along each response of a batch: the exact KL at each token, summed: (B,), nats."""
+def kl_to(policy, reference, batch: dict, size: int, skip: int = 0) -> torch.Tensor:
+    """KL(pi || pi_ref) along each response of a batch: the exact KL at each token, summed: (B,), nats.
+
+    The first `skip` tokens of each prompt are the policy's alone: pi_ref does not see them.
+    """
 
     def exact(mb):
         ids, source = mb["input_ids"], mb["mask"].roll(-1, dims=1)  # position t - 1 predicts token t
         hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[source]  # (N, H)
-        ref_hidden = reference.base_model(input_ids=ids, use_cache=False).last_hidden_state[source]
+        ref_ids, ref_source = ids[:, skip:], source[:, skip:]
+        ref_hidden = reference.base_model(input_ids=ref_ids, use_cache=False).last_hidden_state[ref_source]
         kl = exact_kl(hidden, head_of(policy), ref_hidden, head_of(reference))  # (N,)
         return torch.zeros_like(mb["logprobs"]).masked_scatter(mb["mask"], kl)  # (b, t)
 
