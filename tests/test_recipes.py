@@ -214,26 +214,26 @@ def test_one_tiny_update(name, starts, tmp_path):
     assert any(not torch.equal(x, weights[1][key]) for key, x in weights[0].items())
 
 
-HALF = """
-def half(prompts, completions, **columns):  # of every group of two the same, in every second group
-    return [float(i % 4 == 3) for i in range(len(completions))]
+MOST = """
+def most(prompts, completions, **columns):  # the same in the first of every four groups of two
+    return [float(i % 2 and i % 8 > 1) for i in range(len(completions))]
 """
 
 
 def test_dynamic_sampling_keeps_its_batch(starts, tmp_path, monkeypatch):
-    """Of eight groups four teach; the update trains on these, half of the responses, and on no other."""
+    """Of eight groups six teach; the update trains on four of these, half of the responses, and on no other."""
     module = patched("Dynamic sampling", tmp_path)
     ((_, words),) = commands("Dynamic sampling")
-    (tmp_path / "half.py").write_text(HALF)
+    (tmp_path / "most.py").write_text(MOST)
     losses = watching(monkeypatch, module)("grpo_loss")
     args = args_of(module, words, starts, tmp_path / "run", total_episodes=16, batch_size=16, num_minibatches=1,
-                   micro_batch_size=16, reward=(f"{tmp_path}/half.py:half",), eval_every=0)  # fmt: skip
+                   micro_batch_size=16, reward=(f"{tmp_path}/most.py:most",), eval_every=0)  # fmt: skip
     launch(SimpleNamespace(module=module), args)
     assert [len(inputs[3]) for inputs, _ in losses] == [8] * args.update_epochs
     for inputs, _ in losses:
         assert sorted(inputs[3].sign().tolist()) == [-1] * 4 + [1] * 4
     rows = [row for row in read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
-    assert [row["frac_reward_zero_std"] for row in rows] == [0.5]
+    assert [row["frac_reward_zero_std"] for row in rows] == [0.25]
 
 
 def test_iterative_dpo(starts, tmp_path):
