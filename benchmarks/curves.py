@@ -352,7 +352,12 @@ def draw(named_logs, file) -> None:
 # ---- The reference, and runs that are sick on purpose ----
 
 SEEDS = (1, 2, 3, 4, 5)  # of the band
-MORE_SEEDS = (6,)  # healthy runs that it has not seen
+UNSEEN = {  # healthy runs that the band does not know: another seed, or an SFT model of another seed
+    "ppo-other-6": ("ppo", "--seed 6 --model {folder}/sft-1/model --reward {folder}/reward_model-1/model"),
+    "dpo-other-6": ("dpo", "--seed 6 --model {folder}/sft-1/model"),
+    "grpo-other-2": ("grpo", "--seed 2 --model {folder}/sft-2/model"),
+    "grpo-other-3": ("grpo", "--seed 3 --model {folder}/sft-3/model"),
+}
 SICK_SEEDS = (1, 2)
 OTHER_LABELS = "--dataset {folder}/shuffled.jsonl --eval-dataset data/preferences_test.jsonl"
 SICK = {  # name -> script, flags, the sickness it has to be found to have
@@ -389,23 +394,26 @@ def shuffle_pairs(file) -> None:
 
 
 def plan(folder) -> dict[str, tuple[str, list[str]]]:
-    """name -> (script, flags) of all runs, in an order in which each finds the models that it needs."""
+    """name -> (script, flags) of all runs, in an order in which each finds the models that it needs. Seeds of
+    reward_model.py, dpo.py and ppo.py build on each other's; those of grpo.py all start from the first SFT model.
+    """
     result = {}
-    for seed in SEEDS + MORE_SEEDS:
+    for seed in SEEDS:
         start = f"--seed {seed} --model {folder}/sft-{seed}/model"
-        result[f"sft-{seed}"] = "sft", f"--seed {seed}"
-        for script in ("reward_model", "dpo", "grpo"):
-            result[f"{script}-{seed}"] = script, start
-        learned = f"--reward {folder}/reward_model-{seed}/model"
-        result[f"ppo-{seed}"] = "ppo", f"{start} {learned}"
-        if seed in SICK_SEEDS:
-            for name, (script, flags, _) in SICK.items():
-                flags = flags.format(curves=__file__, folder=folder)
-                words = [f"--seed {seed}" if script == "sft" else start, flags]
-                if script == "ppo" and "--reward " not in flags:
-                    words.append(learned)
-                result[f"{name}-{seed}"] = script, " ".join(words)
-    return {name: (script, flags.split()) for name, (script, flags) in result.items()}
+        learned = f"{start} --reward {folder}/reward_model-{seed}/model"
+        starts = {"sft": f"--seed {seed}", "reward_model": start, "dpo": start, "ppo": learned,
+                  "grpo": f"--seed {seed} --model {folder}/sft-1/model"}
+        for script, flags in starts.items():
+            result[f"{script}-{seed}"] = script, flags
+    for seed in SICK_SEEDS:
+        for name, (script, flags, _) in SICK.items():
+            own = result[f"{script}-{seed}"][1]
+            if "--reward " in flags:
+                own = own.partition(" --reward ")[0]
+            result[f"{name}-{seed}"] = script, f"{own} {flags}"
+    result |= UNSEEN
+    fill = lambda flags: flags.format(curves=__file__, folder=folder).split()
+    return {name: (script, fill(flags)) for name, (script, flags) in result.items()}
 
 
 def thin(log) -> list[dict]:
@@ -449,7 +457,8 @@ def record(folder) -> dict:
             "left": [left["name"] for left in found["left"]]}
     (CURVES / "verdicts.json").write_text(json.dumps(result, indent=1) + "\n")
     for script in ("ppo", "grpo"):
-        names = [f"{script}-{MORE_SEEDS[0]}", *(f"{script}-{what}-1" for what in ("lr", "shuffled", "kl0"))]
+        healthy = next(name for name in UNSEEN if name.startswith(script))
+        names = [healthy, f"{script}-lr-1", f"{script}-shuffled-1", f"{script}-kl0-1"]
         draw({name: read(CURVES / f"{name}.jsonl") for name in names}, CURVES / f"{script}.png")
     return result
 
