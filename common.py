@@ -28,8 +28,10 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig)
@@ -216,7 +218,7 @@ class Rows:
 
     def forward(self, model, ids, positions):
         """Last hidden states. With a mask of four dimensions transformers makes none of its own."""
-        out = model.base_model(
+        out = body_of(model)(
             input_ids=ids,
             position_ids=positions,
             attention_mask=ids.new_ones(1, 1, 1, 1),
@@ -255,14 +257,20 @@ class Rows:
             outputs.append(take(output, fresh))
         return torch.cat(outputs)[None]
 
+def body_of(model):
+    """The model below its head; of one that `shard` has spread, as a forward pass of the whole."""
+    return getattr(model, "sharded_body", model.base_model)
+
 def has_rows(model):
     """Whether this model's layers attend as `Rows` say, which `use_rows` lets them do."""
     return model.config._attn_implementation == "rows"
 
 def states(model, input_ids, needed):
     """Last hidden states of the tokens where `needed` (B, T) is True: (n, H)."""
+    if len(input_ids) == 0:  # a rank without rows: no state, of a model that has run all the same
+        return body_of(model)(input_ids=input_ids.new_zeros(1, 1), use_cache=False).last_hidden_state[0, :0]
     if not has_rows(model):
-        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[needed]
+        return body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[needed]
     rows = Rows(input_ids, needed)
     index = rows.place[needed]  # before the model is called, so that a GPU has no reason to wait
     return take(rows.forward(model, rows.ids, rows.positions)[0], index)
@@ -323,8 +331,10 @@ def to_device(x, device):
 
 def pad(rows, device, value=0):
     """Lists to a tensor (B, T), padded on the right. Masks say what counts, never the padding's value."""
-    T = max(map(len, rows))
-    return to_device(torch.tensor([row + [value] * (T - len(row)) for row in rows]), device)
+    T = max(map(len, rows), default=1)
+    rows = [row + [value] * (T - len(row)) for row in rows]
+    kind = torch.tensor(value).dtype
+    return to_device(torch.tensor(rows, dtype=kind).view(len(rows), T), device)
 
 def last_token(mask):
     """Index of each row's last True column: (B, T) -> (B,)."""
@@ -343,7 +353,7 @@ class PaddedCache:
         if token is not None:
             self.ids, self.mask = token[:, None], F.pad(self.mask, (0, 1), value=1)
         position = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
-        out = self.model.base_model(
+        out = body_of(self.model)(
             input_ids=self.ids, attention_mask=self.mask, position_ids=position, use_cache=True, **self.past)
         self.past = {name: out[name] for name in out.keys() & {"cache", "past_key_values"}}  # or its old name
         return out.last_hidden_state[:, -1]
@@ -453,12 +463,14 @@ def draw(z, noise):
     return token, logp.to(z.dtype)
 
 @torch.no_grad()
-def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256):
+def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256, first=0):
     """A response to each prompt, a list of ids, from softmax(z / temperature), at 0 the likeliest tokens. The
-    noise is a function of (seed, row). Returns a batch of (B, T), on the CPU: input_ids, mask, logprobs."""
+    noise is a function of (seed, row), the rows being numbered from `first`. Returns a batch of (B, T), on
+    the CPU: input_ids, mask, logprobs."""
     device, training, head = model.device, model.training, head_of(model)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64).to(device)
+    noise = torch.rand(first + len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    noise = noise[first:].to(device)
     tokens = torch.zeros_like(noise, dtype=torch.long)
     logprobs = torch.zeros(noise.shape, device=device)
     lengths, stop = tokens.new_zeros(len(prompts)), tokens.new_tensor(eos_ids)
@@ -504,7 +516,10 @@ WRITTEN_LIST = re.compile(r"\s*\[\s*{\s*.(role|from|content|value)\b")  # of mes
 def fail(message):
     """Bad input ends a script with one line on stderr and exit code 2, without a traceback."""
     line = " ".join(str(message).split())[:1000]
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    if ranks()[0]:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)  # if rank 0 has said it, torchrun ends this process now
+    print(f"error: {line}", file=sys.__stderr__ if ranks()[0] else sys.stderr, flush=True)
     raise SystemExit(2) from None  # by which `blame` knows it
 
 @contextlib.contextmanager
@@ -520,6 +535,189 @@ def blame(what, file=""):
         trace = traceback.extract_tb(error.__traceback__)
         places = [f"{file}:{frame.lineno}: " for frame in trace if frame.filename == os.path.abspath(file)]
         fail(f"{what}: {places[-1] if places else ''}{type(error).__name__}: {error}")
+
+def on_error(kind, error, trace):
+    """Errors that no `blame` has met: in a line if they need no traceback."""
+    if kind is torch.OutOfMemoryError:
+        kind, error = SystemExit, f"{error}: lower --micro-batch-size, or set --gradient-checkpointing"
+    if ranks()[1] > 1 and re.search("gloo|NCCL|onnection", str(error)):
+        kind, error = SystemExit, f"another process of this run has ended: {error}"
+    if kind is SystemExit:
+        with contextlib.suppress(SystemExit):
+            fail(error)
+    elif kind is not KeyboardInterrupt:
+        sys.stderr = sys.__stderr__
+        sys.__excepthook__(kind, error, trace)
+
+# ---- Several devices: each rank of torchrun runs the whole program, and of loops over rows its share ----
+def ranks():
+    """(this process's rank, how many there are)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+def start_ranks(cuda):
+    """This process's device. If torchrun started it, it joins the others; only rank 0 prints and saves."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None:
+        return torch.device("cuda" if cuda else "cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if ranks()[0]:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    if cuda:
+        torch.cuda.set_device(int(local))
+    return torch.device("cuda", int(local)) if cuda else torch.device("cpu")
+
+def shares(n, size):
+    """This rank's share of n rows, as slices of at most `size`. All have as many, of which some may be empty:
+    inside a sharded model ranks wait for each other."""
+    rank, world = ranks()
+    count = world * max(-(-n // (size * world)), 1)
+    cuts = [i * n // count for i in range(count + 1)]
+    return [slice(*pair) for pair in zip(cuts, cuts[1:])][rank::world]
+
+def over_ranks(x, op="SUM"):
+    """x, summed in place over the ranks, or their MAX. Each holds 0 where it has done nothing."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x
+
+def from_rank_0(x):
+    """x as rank 0 has it."""
+    if ranks()[1] > 1:
+        dist.broadcast(x, 0)
+    return x
+
+def clip_gradients(model, max_norm):
+    """Sum the gradient over the ranks, as the loss's denominator is the whole step's, and clip it to
+    max_norm. Returns its norm before that."""
+    parameters = list(model.parameters())
+    if ranks()[1] > 1 and not hasattr(model, "sharded_body"):  # there, the backward pass sums
+        used = over_ranks(torch.tensor([p.grad is not None for p in parameters]).int(), "MAX")
+        for p, is_used in zip(parameters, used.tolist()):
+            if is_used:  # by some rank: not each gets tokens to each expert
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                over_ranks(p.grad)
+    return full(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+def lighten(model, args, autocast):
+    """--lora-rank adapters if it is trained; --shard; else weights in 16 bits if that changes no product."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if args.lora_rank and trained and not hasattr(model, "adapters"):
+        with blame("--lora-rank needs `pip install peft`"):
+            import peft
+            torch.manual_seed(args.seed)
+            config = peft.LoraConfig(
+                r=args.lora_rank,
+                lora_alpha=2 * args.lora_rank,
+                target_modules="all-linear",
+                exclude_modules=["score", "classifier"])
+            model.adapters = (peft.get_peft_model(model, config),)  # in place; a tuple is no part of it
+        for name in ("score", "classifier"):
+            if hasattr(model, name):
+                getattr(model, name).requires_grad_(True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        print(f"{sum(p.numel() for p in trained):,} parameters of adapters are trained")
+    if args.shard and ranks()[1] > 1:
+        shard(model)
+        return
+    with autocast():
+        for layer in model.base_model.modules():
+            if isinstance(layer, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)):
+                for p in layer.parameters():
+                    if not p.requires_grad:
+                        (p.data,) = _autocast(p.data)
+
+def shard(model):
+    """Spread weights, gradients and optimizer states over the ranks by FSDP2: a layer is whole while it
+    computes."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    kinds = model._no_split_modules or ()
+    for module in [m for m in model.modules() if type(m).__name__ in kinds] + [model]:
+        fully_shard(module)
+        module.set_gradient_divide_factor(1.0)  # sums, as denominators are the whole step's
+        module.set_force_sum_reduction_for_comms(True)
+    model.sharded_body = lambda **inputs: model.base_model(**inputs)
+    register_fsdp_forward_method(model, "sharded_body")
+
+@contextlib.contextmanager
+def unsharded(model):
+    """All weights on every rank, to sample: ranks take different numbers of steps, and none may wait."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+def full(x):
+    """A tensor that may be sharded, put together."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+def whole(state):
+    """A nest of dicts and lists with its sharded tensors in the memory of rank 0, one by one."""
+    def gather(x):
+        if not hasattr(x, "full_tensor"):
+            return x
+        x = full(x)
+        return None if ranks()[0] else x.cpu()
+    return tree_map(gather, state)
+
+def like(x, p):
+    """A whole tensor x as the parameter p is: with this rank's part alone, if p is sharded."""
+    if not hasattr(p, "placements") or x.shape != p.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+
+def without_adapters(model):
+    """The model as it was before --lora-rank."""
+    return model.adapters[0].disable_adapter() if hasattr(model, "adapters") else contextlib.nullcontext()
+
+def state_of(part):
+    """What --resume needs of a model, its trained weights, or of an optimizer, whole."""
+    if isinstance(part, torch.nn.Module):
+        return whole({name: p.detach() for name, p in part.named_parameters() if p.requires_grad})
+    return whole(part.state_dict())
+
+def load_state(part, state):
+    """The inverse of `state_of`, on any number of ranks."""
+    if isinstance(part, torch.nn.Module):
+        trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
+        if trained.keys() != state.keys():
+            raise ValueError("other weights are trained")
+        part.load_state_dict({name: like(state[name], p) for name, p in trained.items()}, strict=False)
+    else:
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        states = {}
+        for i, values in state["state"].items():
+            states[i] = {name: like(x, parameters[i]) for name, x in values.items()}
+        part.load_state_dict({**state, "state": states})
+
+@torch.no_grad()
+def save_model(model, tokenizer, folder):
+    """A folder that transformers, TRL and vLLM load, with adapters merged and shards put together."""
+    if hasattr(model, "adapters"):
+        model.float()
+        layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+        with unsharded(model):
+            deltas = [layer.get_delta_weight("default") for layer in layers]
+        for layer, delta in zip(layers, deltas):
+            weight = layer.base_layer.weight
+            weight.data += like(delta, weight)
+        model.adapters[0].unload()
+    weights = None
+    if hasattr(model, "sharded_body"):
+        state = model.state_dict(keep_vars=True)
+        names = {id(x): name for name, x in reversed(state.items())}  # tied weights once
+        weights = whole({name: state[name].detach() for name in reversed(names.values())})
+    if ranks()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 # ---- Rows of text to tokens: a row is a dict of columns, and "_where" its origin, file:line ----
 def read_rows(path, *layouts, split="train"):
@@ -735,11 +933,14 @@ def load_prompts(tokenizer, rows, max_prompt_length):
 # ---- Models and rewards ----
 def device_of(args):
     """(device, autocast) of --device and --dtype: auto is CUDA if there is one, and bf16 products there."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch finds no CUDA device")
+    sys.excepthook = on_error
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = start_ranks(cuda)
+    if args.device == "cuda" and not cuda:
+        fail("--device cuda: torch finds no CUDA device")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 0.2 s, at each new shape
+    if cuda:
+        KEEP_BYTES["cuda"] = torch.cuda.mem_get_info()[0] // 10  # of what is free
     bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and cuda
     return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
 
@@ -794,6 +995,7 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
             pad_token_id=None if tokenizer.pad_token_id in eos_ids else tokenizer.pad_token_id)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    model.first_weights = [x.flatten()[:9].tolist() for x in model.parameters()]  # by which to know it
     if device.type == "cpu" and model.num_parameters() < 5e6:
         torch.set_num_threads(1)  # on matrices this small, threads wait longer than they work
     return model.to(device).train(), tokenizer, eos_ids
@@ -917,14 +1119,13 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
 @torch.no_grad()
 def read_scores(model, rows, size, autocast):
     """A reward model's raw scores of rows of token ids, each at its last token: (len(rows),)."""
-    scores = []
-    for i in range(0, len(rows), size):
-        part = rows[i : i + size]
-        last = pad([[False] * (len(ids) - 1) + [True] for ids in part], model.device, False)
+    scores = torch.zeros(len(rows), device=model.device)
+    for s in shares(len(rows), size):
+        last = pad([[False] * (len(ids) - 1) + [True] for ids in rows[s]], model.device, False)
         with autocast():
-            values = token_values(model, pad(part, model.device), last)  # (b, T)
-        scores.append(values.sum(1))  # 0 but at the last
-    return torch.cat(scores)
+            values = token_values(model, pad(rows[s], model.device), last)  # (b, T)
+        scores[s] = values.sum(1)  # 0 but at the last
+    return over_ranks(scores)
 
 def ended(batch, eos_ids):
     """Which responses of a batch end with an EOS: (B,)."""
@@ -938,9 +1139,10 @@ def responses_of(batch):
 def micro_batches(batch, index, size, device="cpu"):
     """(rows, their batch), `size` at a time of those in index (n,): shortest first, needless columns cut."""
     lengths = last_token(batch["mask"]) + 1
-    for rows in index[lengths[index].argsort(stable=True)].split(size):
-        T = int(lengths[rows].max())
-        yield rows, {name: to_device(x[rows, :T], device) for name, x in batch.items()}
+    index = index[lengths[index].argsort(stable=True)]
+    for s in shares(len(index), size):
+        T = max(lengths[index[s]].tolist(), default=1)
+        yield index[s], {name: to_device(x[index[s], :T], device) for name, x in batch.items()}
 
 @torch.no_grad()
 def per_token(function, batch, size, device="cpu"):
@@ -951,7 +1153,35 @@ def per_token(function, batch, size, device="cpu"):
         parts.append((rows, function(mb)))
     for rows, x in parts:  # now the device is waited for
         result[rows, : x.shape[1]] = x.to(result)
-    return result
+    return over_ranks(result)
+
+def sample_all(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0):
+    """`sample`, each rank its share of the prompts; again in smaller parts where memory runs out."""
+    _, world = ranks()
+    (s,) = shares(len(prompts), len(prompts))
+    T = max(map(len, prompts)) + max_new_tokens
+    size = 256
+    batch = None
+    with unsharded(model):
+        while s.start < s.stop and batch is None:
+            try:
+                batch = sample(
+                    model, prompts[s], max_new_tokens, eos_ids, temperature, seed, size, first=s.start)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    fail(f"{error}: lower --max-new-tokens")
+                size = size // 16
+    if world == 1:
+        return batch
+    merged = {}
+    for name, kind in [("input_ids", torch.long), ("mask", torch.int), ("logprobs", torch.float32)]:
+        merged[name] = torch.zeros(len(prompts), T, dtype=kind)
+        if batch is not None:
+            merged[name][s, : batch[name].shape[1]] = batch[name]
+        over_ranks(merged[name])
+    merged["mask"] = merged["mask"].bool()
+    T = int(last_token(merged["mask"]).max()) + 1
+    return {name: x[:, :T] for name, x in merged.items()}
 
 @torch.no_grad()
 def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
@@ -959,10 +1189,11 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
     rewards less --missing-eos-penalty, kl and entropy in nats, lengths, finished; scores (B, K rewards)."""
     rows, prompts = map(list, zip(*rows))
     with autocast():
-        batch = sample(policy, prompts, args.max_new_tokens, eos_ids, args.temperature, seed)
+        batch = sample_all(policy, prompts, args.max_new_tokens, eos_ids, args.temperature, seed)
         score_reference = lambda mb: sequence_logprobs(
             reference, mb["input_ids"], mb["mask"], temperature=args.temperature)
-        batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size, policy.device)
+        with without_adapters(reference):
+            batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size, policy.device)
     scores = score(rows, prompts, responses_of(batch)).cpu()  # NaN where a reward gives None
     if scores.isnan().all(1).any():
         fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
@@ -993,6 +1224,8 @@ def reward_function(spec, tokenizer, device):
         for name in sorted(rows[0].keys() - {"prompt", "completion", "_where"}):
             columns[name] = [row[name] for row in rows]
         given = {"prompts": [row["prompt"] for row in rows], "completions": completions, **columns}
+        if ranks()[0]:  # it may be slow, or random: rank 0 asks it
+            return from_rank_0(torch.zeros(len(rows), device=device))
         with blame(f"--reward {spec}, given columns {list(columns)}", file):
             given = function(**copy.deepcopy(given))  # what it does to its arguments stays there
             if isinstance(given, (dict, set, bytes)) or torch.get_default_dtype() != dtype:
@@ -1002,18 +1235,17 @@ def reward_function(spec, tokenizer, device):
             scores = torch.tensor(numbers, device=device)
         if len(scores) != len(rows) or scores.isfinite().sum() + given.count(None) < len(rows):
             fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
-        return scores
+        return from_rank_0(scores)
     return score
 
 # ---- Training ----
 def check_flags(args):
     """Refuse numbers that are negative or infinite, 0 where that has no meaning, and uneven micro-batches."""
-    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
     with contextlib.suppress(AttributeError):  # in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")
     may_be_0 = """seed learning_rate critic_learning_rate warmup_steps weight_decay label_smoothing eval_every
         save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty num_train_epochs
-        total_episodes""".split()
+        total_episodes lora_rank""".split()
     for name, value in asdict(args).items():
         limit = 1 << 53 if isinstance(value, int) else math.inf
         is_good = value == 0 and name in may_be_0
@@ -1028,8 +1260,12 @@ def make_first(path, default, script):
         if not Path(__file__).with_name(script).exists():
             fail(f"{path} does not exist, nor {script}, which makes it: pass a folder or a Hub id")
         print(f"{path} does not exist yet: running {script}, which makes it")
-        if code := subprocess.run([sys.executable, Path(__file__).with_name(script)]).returncode:
-            raise SystemExit(code)
+        code = torch.zeros(1)
+        if ranks()[0] == 0:
+            alone = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+            code += subprocess.run([sys.executable, Path(__file__).with_name(script)], env=alone).returncode
+        if over_ranks(code):
+            raise SystemExit(int(code))
 
 def learning_rate(args, step, num_steps):
     """Of this step, counted from 0: linear warm-up, in a fifth of the run at most, then linear decay to 0."""
@@ -1050,7 +1286,7 @@ def complete(model, tokenizer, prompts, eos_ids, args):
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     prompts = [ids for ids in prompts if len(ids) <= positions // 2] or prompts  # half is for the completion
     room = positions - max(map(len, prompts))
-    batch = sample(model, prompts, min(args.max_new_tokens, room), eos_ids, seed=args.seed)
+    batch = sample_all(model, prompts, min(args.max_new_tokens, room), eos_ids, seed=args.seed)
     metrics = {"completions/mean_length": batch["mask"].sum(1).double().mean().item(),
                "completions/eos_rate": ended(batch, eos_ids).double().mean().item()}
     return metrics, sample_rows(tokenizer, prompts, batch)
@@ -1061,13 +1297,12 @@ def sample_rows(tokenizer, prompts, batch, **columns):
     rows = zip(*texts, *(column.tolist() for column in columns.values()))
     return [dict(zip(("prompt", "completion", *columns), row)) for row in rows]
 
-def to_floats(metrics):
-    """The metrics with a float for each tensor of one number: the device is waited for once."""
-    tensors = {name: x.double() for name, x in metrics.items() if torch.is_tensor(x)}
-    if tensors:
-        values = torch.stack(list(tensors.values()))
-        metrics = metrics | dict(zip(tensors, values.tolist()))
-    return metrics
+def to_floats(sums, metrics):
+    """Both in one dict of floats, the sums added up over the ranks: the device is waited for once."""
+    tensors = {name: x.double().view(1) for name, x in metrics.items() if torch.is_tensor(x)}
+    totals = over_ranks(torch.stack([torch.as_tensor(x).double() for x in sums.values()]))
+    values = torch.cat([totals, *tensors.values()])
+    return metrics | dict(zip([*sums, *tensors], values.tolist()))
 
 class Run:
     """Logs, checkpoint and finished model of a run, never overwritten. state: what to resume from, or {}."""
@@ -1084,7 +1319,7 @@ class Run:
         ours = lambda file: file.name in self.LOGS and not file.stat().st_size or file.match("events.out*")
         is_used = not args.resume and not all(map(ours, self.folder.glob("*")))  # it may have empty logs
         is_finished = (self.folder / "model").exists()
-        if is_finished and args.resume:
+        if is_finished and args.resume and ranks()[0] == 0:
             shutil.rmtree(self.file.parent, ignore_errors=True)  # if it was killed when all else was done
         if is_used or is_finished:
             what = "a finished run" if is_finished else "an interrupted run (see --resume) or other files"
@@ -1102,7 +1337,7 @@ class Run:
         """Load the checkpoint into parts, open the logs, catch Ctrl-C, SIGTERM, and return the first step."""
         self.num_steps, self.parts = num_steps, parts
         models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-        weights = [x.flatten()[:9].tolist() for model in models for x in model.parameters()]
+        weights = [getattr(model, "first_weights", "") for model in models]
         prints = lambda things: [zlib.crc32(repr(x).encode()) for x in things]
         self.inputs = {
             "the data or a reward": prints(inputs),
@@ -1113,7 +1348,12 @@ class Run:
                     if self.inputs[what] != before:
                         raise ValueError(f"{what} has changed")
                 for name, part in parts.items():
-                    part.load_state_dict(self.state[name])
+                    load_state(part, self.state.pop(name))
+        over_ranks(torch.zeros(1))  # all have looked at the folder
+        self.logs, self.writer = [], None
+        self.catch_signals()
+        if ranks()[0]:
+            return self.state.get("step", 0)
         with blame(f"--output-dir {self.folder} cannot be written, or another run writes there"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.logs = [open(self.folder / name, "a") for name in self.LOGS]
@@ -1129,10 +1369,12 @@ class Run:
                 import tensorboard  # noqa: F401
                 import wandb
                 wandb.init(name=self.folder.name, config=asdict(self.args), sync_tensorboard=True)
-        self.writer = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(str(self.folder))
+        return self.state.get("step", 0)
+
+    def catch_signals(self):
         both = signal.SIGINT, signal.SIGTERM
         self.handlers = {number: signal.signal(number, self.stop) for number in both}
         if hasattr(os, "register_at_fork"):  # the workers of a reward function end when they are told to
@@ -1141,11 +1383,11 @@ class Run:
             for number in both:
                 os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
             os.register_at_fork(before=block, after_in_parent=free, after_in_child=free)
-        return self.state.get("step", 0)
 
     def stop(self, number, frame):
         self.stopped = number  # after this step; a second signal ends the run at once
-        signal.signal(number, signal.SIG_DFL)
+        if ranks()[1] == 1:  # torchrun sends several, and ends us itself after 30 s
+            signal.signal(number, signal.SIG_DFL)
 
     def log(self, step, metrics, samples=()):
         """A line of metrics.jsonl, lines of samples.jsonl, and TensorBoard's events if it is installed."""
@@ -1163,38 +1405,44 @@ class Run:
     def checkpoint(self, step, **numbers):
         """What --resume needs: every --save-every steps, at the end, after a signal, which ends the run."""
         is_due = self.args.save_every and step % self.args.save_every == 0
+        self.stopped = int(over_ranks(torch.tensor(self.stopped), "MAX"))  # all ranks, or none
         if is_due or self.stopped or step == self.num_steps:
             state = {"step": step, "inputs": self.inputs, "args": asdict(self.args), **numbers}
-            state["sizes"] = [(self.folder / name).stat().st_size for name in self.LOGS]
             for name, part in self.parts.items():
-                state[name] = part.state_dict()
-            temporary = self.file.with_suffix(".tmp")
-            with blame(f"--output-dir {self.folder}"):
-                self.file.parent.mkdir(exist_ok=True)
-                torch.save(state, temporary)
-                os.replace(temporary, self.file)  # a crash leaves the last one whole
+                state[name] = state_of(part)
+            if ranks()[0] == 0:
+                self.save(state)
         if self.stopped and step < self.num_steps:
             tqdm.write(f"stopped after step {step} of {self.num_steps}: --resume continues; with "
                        "--num-train-epochs 0, or --total-episodes 0, it saves the model as it is")
             raise SystemExit(128 + self.stopped)
+
+    def save(self, state):
+        state["sizes"] = [(self.folder / name).stat().st_size for name in self.LOGS]
+        temporary = self.file.with_suffix(".tmp")
+        with blame(f"--output-dir {self.folder}"):
+            self.file.parent.mkdir(exist_ok=True)
+            torch.save(state, temporary)
+            os.replace(temporary, self.file)  # a crash leaves the last one whole
 
     def finish(self, model, tokenizer, **others):
         """args.json, and folders that transformers, TRL and vLLM load; model/ last, the sign of the end."""
         record = {**asdict(self.args), "torch": torch.__version__, "transformers": transformers.__version__,
                   "device": str(model.device), "seconds": round(time.time() - self.began, 1)}
         with blame(f"--output-dir {self.folder}"):
-            (self.folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
             for name, part in {**others, "model.tmp": model}.items():
-                shutil.rmtree(self.folder / name, ignore_errors=True)  # what a killed run left
-                part.save_pretrained(self.folder / name)
-                tokenizer.save_pretrained(self.folder / name)
-            os.replace(self.folder / "model.tmp", self.folder / "model")
-        shutil.rmtree(self.file.parent, ignore_errors=True)
+                save_model(part, tokenizer, self.folder / name)
+            if ranks()[0] == 0:
+                (self.folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+                os.replace(self.folder / "model.tmp", self.folder / "model")
+                shutil.rmtree(self.file.parent, ignore_errors=True)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def show_change(self, after, samples=()):
         """Print the first samples, and the metrics of an evaluation, beside those of the first evaluation."""
+        if ranks()[0]:
+            return
         metrics, first = (read_rows(str(self.folder / name)) for name in self.LOGS)
         for old, new in zip(first, samples[:5]):
             print(f"{new['prompt'][-90:]!r}\n  before {old['completion'][:90]!r}\n"

@@ -28,8 +28,9 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, check_flags, check_model, complete, device_of, encode, explicit_pairs, fail, learning_rate,
-    load_model, make_first, pad, sequence_logprobs, shuffled, split_rows, to_device, to_floats)
+    Run, check_flags, check_model, clip_gradients, complete, device_of, encode, explicit_pairs, fail,
+    learning_rate, lighten, load_model, make_first, over_ranks, pad, sequence_logprobs, shares, shuffled,
+    split_rows, to_device, to_floats)
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Args:
     save_every: int = 200  # steps between checkpoints to resume from (0: only on Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products, not of weights; auto: bf16 on CUDA
+    shard: bool = False  # under torchrun, spread weights and optimizer over the GPUs (FSDP2): less memory
     track: bool = False  # log to Weights & Biases too
     # data
     model: str = "runs/sft/model"  # folder or Hub id: start and reference; sft.py makes the default one
@@ -60,6 +62,7 @@ class Args:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # clip the gradient to this norm
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    lora_rank: int = 0  # train adapters of this rank (8 to 64; 10 times the learning rate), 0: all weights
     # DPO
     beta: float = 0.5  # strength of the KL penalty, in reward per nat (0.1 to 0.5; a lower one moves further)
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO, or IPO on summed log-probs
@@ -107,22 +110,22 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
 
 def collate(pairs, device):
     """B pairs as 2B rows, chosen first, padded on the right: input_ids (2B, T), trained (2B, T), mu (B,)."""
-    chosen, rejected, mu = zip(*pairs)
-    ids, trained = zip(*chosen, *rejected)  # of 2B rows
-    mu = torch.tensor(mu, dtype=torch.get_default_dtype())
-    return pad(ids, device), pad(trained, device, False), to_device(mu, device)
+    rows = [chosen for chosen, _, _ in pairs] + [rejected for _, rejected, _ in pairs]  # 2B rows
+    trained = [trained for _, trained in rows]
+    mu = torch.tensor([mu for *_, mu in pairs], dtype=torch.get_default_dtype())
+    return pad([ids for ids, _ in rows], device), pad(trained, device, False), to_device(mu, device)
 
 
 @torch.no_grad()
 def reference_logps(model, pairs, args, autocast):
     """log pi_ref(y|x) of chosen and rejected: (len(pairs), 2), on the CPU."""
-    result = []
-    for i in tqdm(range(0, len(pairs), args.micro_batch_size), "reference", disable=None):
-        input_ids, trained, _ = collate(pairs[i : i + args.micro_batch_size], model.device)
+    result = torch.zeros(len(pairs), 2, device=model.device)
+    for s in tqdm(shares(len(pairs), args.micro_batch_size), "reference", disable=None):
+        input_ids, trained, _ = collate(pairs[s], model.device)
         with autocast():
             logps = sequence_logprobs(model, input_ids, trained).sum(1)  # (2b,)
-        result.append(logps.view(2, -1).T)  # (b, 2)
-    return torch.cat(result).cpu()
+        result[s] = logps.view(2, -1).T  # (b, 2)
+    return over_ranks(result).cpu()
 
 
 def forward(model, pairs, ref_logps, args, autocast):
@@ -147,24 +150,23 @@ def forward(model, pairs, ref_logps, args, autocast):
 def evaluate(model, tokenizer, pairs, ref_logps, eos_ids, args, autocast):
     """(metrics, samples): `forward` on the held-out pairs, and a completion of each of the first prompts."""
     totals = {}
-    for i in range(0, len(pairs), args.micro_batch_size):
-        part = slice(i, i + args.micro_batch_size)
-        _, sums = forward(model, pairs[part], ref_logps[part], args, autocast)
+    for s in shares(len(pairs), args.micro_batch_size):
+        _, sums = forward(model, pairs[s], ref_logps[s], args, autocast)
         for name, value in sums.items():
             totals[f"eval/{name}"] = totals.get(f"eval/{name}", 0.0) + value.double() / len(pairs)
     prompts = [ids[: trained.index(True)] for (ids, trained), _, _ in pairs[: args.eval_samples]]
     with autocast():
         lengths, samples = complete(model, tokenizer, prompts, eos_ids, args)
-    return {**to_floats(totals), **lengths}, samples
+    return to_floats(totals, lengths), samples
 
 
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
+    device, autocast = device_of(args)
     check_flags(args)
     if args.label_smoothing > 0.5:
         fail(f"--label-smoothing is {args.label_smoothing}: at most 0.5")
     run = Run(args)
-    device, autocast = device_of(args)
     make_first(args.model, Args.model, "sft.py")
 
     # 2. model, data, optimizer; the reference is the start
@@ -173,6 +175,7 @@ def main(args: Args) -> dict:
     train = load_pairs(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_pairs(tokenizer, held_out_rows, eos_ids, args.max_length)
     check_model(model, [ids for pair in train + held_out for ids, _ in pair[:2]])
+    lighten(model, args, autocast)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps = steps_per_epoch * args.num_train_epochs
@@ -210,9 +213,8 @@ def main(args: Args) -> dict:
 
         # 3a. gradient, micro-batch by micro-batch
         totals = {}
-        for i in range(0, len(batch), args.micro_batch_size):
-            part = slice(i, i + args.micro_batch_size)
-            losses, sums = forward(model, batch[part], ref_batch[part], args, autocast)
+        for s in shares(len(batch), args.micro_batch_size):
+            losses, sums = forward(model, batch[s], ref_batch[s], args, autocast)
             (losses.sum() / len(batch)).backward()
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value.double() / len(batch)
@@ -220,13 +222,13 @@ def main(args: Args) -> dict:
         # 3b. optimizer step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, num_steps)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = clip_gradients(model, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 3c. log, save
         num_tokens += batch_tokens
-        metrics = to_floats({**totals, "grad_norm": grad_norm})
+        metrics = to_floats(totals, {"grad_norm": grad_norm})
         metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": num_tokens,
                     "epoch": (step + 1) / steps_per_epoch,
                     "tokens_per_second": batch_tokens / (time.time() - began)}

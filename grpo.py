@@ -40,8 +40,9 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, check_flags, check_model, device_of, fail, kl_estimate, load_model, load_prompts, load_reward,
-    make_first, micro_batches, rollout, sample_rows, sequence_logprobs, shuffled, split_rows, to_floats)
+    Run, check_flags, check_model, clip_gradients, device_of, fail, kl_estimate, lighten, load_model,
+    load_prompts, load_reward, make_first, micro_batches, over_ranks, rollout, sample_rows, sequence_logprobs,
+    shuffled, split_rows, to_floats)
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Args:
     save_every: int = 20  # updates between checkpoints to resume from (0: only on Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products, not of weights; auto: bf16 on CUDA
+    shard: bool = False  # under torchrun, spread weights and optimizer over the GPUs (FSDP2): less memory
     track: bool = False  # log to Weights & Biases too
     # data
     model: str = "runs/sft/model"  # folder or Hub id: start and reference; sft.py makes the default one
@@ -75,6 +77,7 @@ class Args:
     anneal_lr: bool = True  # decay linearly to 0
     max_grad_norm: float = 1.0  # clip the gradient of a model to this norm
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    lora_rank: int = 0  # train adapters of this rank (8 to 64; 10 times the learning rate), 0: all weights
     kl_coef: float = 0.3  # beta, the KL penalty in reward per nat (0 to 0.2 with a pretrained model)
     clip_coef: float = 0.2  # how far the ratio of policies may move, epsilon (0.1 to 0.3)
     # GRPO
@@ -207,6 +210,7 @@ def diagnoses(metrics):
 
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
+    device, autocast = device_of(args)
     check_flags(args)
     num_episodes = args.batch_size * args.num_minibatches  # responses of an update
     if args.total_episodes % num_episodes:
@@ -226,7 +230,6 @@ def main(args: Args) -> dict:
     if kl_estimator == "auto":
         kl_estimator = "k3" if args.kl_in == "loss" else "k1"
     run = Run(args)
-    device, autocast = device_of(args)
     make_first(args.model, Args.model, "sft.py")
 
     # 2. prompts, models, optimizer
@@ -242,7 +245,12 @@ def main(args: Args) -> dict:
     for name, model in [("--model", policy), *reward_models]:
         if model is not None:
             check_model(model, [longest, *ids], name, "--max-prompt-length, --max-new-tokens")
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    reference = policy  # without its adapters
+    if not args.lora_rank:
+        reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    for model in dict.fromkeys([policy, reference, *(model for _, model in rewards)]):
+        if model is not None:
+            lighten(model, args, autocast)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     print(f"{len(prompts)} prompts, {len(held_out)} held out, "
           f"{num_updates} updates, {policy.num_parameters():,} parameters on {device}")
@@ -304,7 +312,7 @@ def main(args: Args) -> dict:
         # 3c. optimizer steps, with a learning rate that falls to 0
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * update / num_updates)
         sums = dict.fromkeys(("loss", "entropy", "policy/approx_kl", "policy/clipfrac"), 0.0)
-        gap, grad_norm, num_steps = 0.0, 0.0, 0
+        gap, grad_norm, num_steps = torch.zeros(1, device=device), 0.0, 0
         batch["weights"] = torch.zeros_like(batch["logprobs"])
         for epoch in range(args.update_epochs if len(kept) else 0):
             order = kept[shuffled(len(kept), args.seed, update * args.update_epochs + epoch)]
@@ -328,8 +336,8 @@ def main(args: Args) -> dict:
                         sums[name] = sums.get(name, 0.0) + total
                     if num_steps == 0:  # before the first step only the sampler's arithmetic differs
                         off = torch.where(mb["mask"], logprobs.detach() - mb["logprobs"], 0.0)
-                        gap = off.abs().max().clamp(min=gap)
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                        gap = torch.cat([gap, off.abs().flatten()]).amax(0, keepdim=True)
+                grad_norm = clip_gradients(policy, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 num_steps += 1
@@ -338,9 +346,10 @@ def main(args: Args) -> dict:
         batch_tokens = int(mask.sum())
         num_tokens += batch_tokens
         trained_tokens = args.update_epochs * int(mask[kept].sum())
-        metrics["loss"] = sums.pop("loss") / max(num_steps, 1)
-        metrics |= {name: x / max(trained_tokens, 1) for name, x in sums.items()}
-        metrics = to_floats(metrics | {"grad_norm": grad_norm, "policy/logprob_gap": gap})
+        loss = sums.pop("loss") / max(num_steps, 1)
+        means = {name: x / max(trained_tokens, 1) for name, x in sums.items()}
+        metrics |= {"grad_norm": grad_norm, "policy/logprob_gap": over_ranks(gap, "MAX")}
+        metrics = to_floats({"loss": loss, **means}, metrics)
         metrics |= {"learning_rate": optimizer.param_groups[0]["lr"],
                     "num_tokens": num_tokens, "episode": (update + 1) * num_episodes,
                     "tokens_per_second": batch_tokens / (time.time() - began)}

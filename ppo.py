@@ -38,9 +38,10 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, blame, check_flags, check_model, device_of, fail, kl_estimate, last_token, load_model, load_prompts,
-    load_reward, make_first, masked_mean, masked_whiten, micro_batches, per_token, rollout, sample_rows,
-    sequence_logprobs, shuffled, split_rows, to_floats, token_values)
+    Run, blame, check_flags, check_model, clip_gradients, device_of, fail, full, kl_estimate, last_token,
+    lighten, load_model, load_prompts, load_reward, make_first, masked_mean, masked_whiten, micro_batches,
+    over_ranks, per_token, rollout, sample_rows, sequence_logprobs, shuffled, split_rows, to_floats,
+    token_values)
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Args:
     save_every: int = 20  # updates between checkpoints to resume from (0: only on Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products, not of weights; auto: bf16 on CUDA
+    shard: bool = False  # under torchrun, spread weights and optimizer over the GPUs (FSDP2): less memory
     track: bool = False  # log to Weights & Biases too
     # data
     model: str = "runs/sft/model"  # folder or Hub id: start and reference; sft.py makes the default one
@@ -75,6 +77,7 @@ class Args:
     anneal_lr: bool = True  # decay linearly to 0
     max_grad_norm: float = 1.0  # clip the gradient of a model to this norm
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    lora_rank: int = 0  # train adapters of this rank (8 to 64; 10 times the learning rate), 0: all weights
     kl_coef: float = 0.3  # beta, the KL penalty in reward per nat (0 to 0.2 with a pretrained model)
     clip_coef: float = 0.2  # how far the ratio of policies may move, epsilon (0.1 to 0.3)
     # PPO
@@ -200,6 +203,7 @@ def load_critic(args, policy, reward_model, device):
 
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
+    device, autocast = device_of(args)
     check_flags(args)
     num_episodes = args.batch_size * args.num_minibatches  # responses of an update
     if args.total_episodes % num_episodes:
@@ -213,7 +217,6 @@ def main(args: Args) -> dict:
     if not all(abs(weight) < 1e6 for weight in args.reward_weights):
         fail(f"--reward-weights {args.reward_weights}: out of range")
     run = Run(args)
-    device, autocast = device_of(args)
     make_first(args.model, Args.model, "sft.py")
     make_first(args.reward[0], Args.reward[0], "reward_model.py")
 
@@ -230,10 +233,15 @@ def main(args: Args) -> dict:
     for name, model in [("--model", policy), *reward_models]:
         if model is not None:
             check_model(model, [longest, *ids], name, "--max-prompt-length, --max-new-tokens")
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    reference = policy  # without its adapters
+    if not args.lora_rank:
+        reference = copy.deepcopy(policy).eval().requires_grad_(False)
     reward_model = rewards[0][1]
     critic = load_critic(args, policy, reward_model, device)
     models = {"policy": policy, "critic": critic} if critic else {"policy": policy}
+    for model in dict.fromkeys([*models.values(), reference, *(model for _, model in rewards)]):
+        if model is not None:
+            lighten(model, args, autocast)
     peaks = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
     groups = [{"params": list(model.parameters()), "peak": peaks[name]} for name, model in models.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -298,7 +306,7 @@ def main(args: Args) -> dict:
         # 3c. optimizer steps, with a learning rate that falls to 0
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - update / num_updates if args.anneal_lr else 1.0)
-        sums, gap, num_steps = {}, 0.0, 0
+        sums, gap, num_steps = {}, torch.zeros(1, device=device), 0
         for epoch in range(args.update_epochs):
             order = torch.tensor(shuffled(num_episodes, args.seed, update * args.update_epochs + epoch))
             for minibatch in order.chunk(args.num_minibatches):
@@ -325,14 +333,14 @@ def main(args: Args) -> dict:
                         sums[name] = sums.get(name, 0.0) + total
                     if num_steps == 0:  # before the first step only the sampler's arithmetic differs
                         off = torch.where(mb["mask"], logprobs.detach() - mb["logprobs"], 0.0)
-                        gap = off.abs().max().clamp(min=gap)
+                        gap = torch.cat([gap, off.abs().flatten()]).amax(0, keepdim=True)
                 for name, model in models.items():
-                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    metrics[f"grad_norm/{name}"] = norm
+                    metrics[f"grad_norm/{name}"] = clip_gradients(model, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 num_steps += 1
-        sizes = [torch.nn.utils.get_total_norm(model.parameters()).item() for model in models.values()]
+        norms = [torch.nn.utils.get_total_norm(model.parameters()) for model in models.values()]
+        sizes = [full(norm).item() for norm in norms]
         if not math.isfinite(sum(sizes)):
             fail(f"step {update + 1}: the weights' norms are {sizes}: lower --learning-rate or "
                  f"--critic-learning-rate; the last checkpoint, if any, is in {run.file.parent}")
@@ -343,8 +351,8 @@ def main(args: Args) -> dict:
         # 3d. log, save
         batch_tokens = int(mask.sum())
         num_tokens += batch_tokens
-        metrics |= {name: x / (args.update_epochs * batch_tokens) for name, x in sums.items()}
-        metrics = to_floats(metrics | {"policy/logprob_gap": gap})
+        means = {name: x / (args.update_epochs * batch_tokens) for name, x in sums.items()}
+        metrics = to_floats(means, metrics | {"policy/logprob_gap": over_ranks(gap, "MAX")})
         metrics |= {"learning_rate": optimizer.param_groups[0]["lr"],
                     "num_tokens": num_tokens, "episode": (update + 1) * num_episodes,
                     "tokens_per_second": batch_tokens / (time.time() - began)}

@@ -35,8 +35,9 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, blame, check_flags, check_model, device_of, encode, explicit_pairs, fail, learning_rate, load_model,
-    make_first, pad, read_rows, read_scores, shuffled, split_rows, to_device, to_floats, token_values)
+    Run, blame, check_flags, check_model, clip_gradients, device_of, encode, explicit_pairs, fail,
+    learning_rate, lighten, load_model, make_first, pad, read_rows, read_scores, shares, shuffled, split_rows,
+    to_device, to_floats, token_values)
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Args:
     save_every: int = 200  # steps between checkpoints to resume from (0: only on Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products, not of weights; auto: bf16 on CUDA
+    shard: bool = False  # under torchrun, spread weights and optimizer over the GPUs (FSDP2): less memory
     track: bool = False  # log to Weights & Biases too
     # data
     model: str = "runs/sft/model"  # folder or Hub id to start from; sft.py makes the default one
@@ -68,6 +70,7 @@ class Args:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # clip the gradient to this norm
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    lora_rank: int = 0  # train adapters of this rank (8 to 64; 10 times the learning rate), 0: all weights
 
 
 def bradley_terry_loss(first_rewards, second_rewards, mu):
@@ -171,14 +174,17 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
 def collate(comparisons, device):
     """The N completions of B comparisons, padded on the right: input_ids (N, T), last (N, T) True at each
     row's last token; and their M pairs: first and second (M,) as rows, mu (M,), owner (M,) the comparison."""
-    rows, pairs = [], []
+    rows, pairs, votes = [], [], []
     for owner, (completions, _, own_pairs, _) in enumerate(comparisons):
         start = len(rows)
-        pairs += [(start + i, start + j, mu, owner) for i, j, mu in own_pairs]
+        pairs += [(start + i, start + j, owner) for i, j, _ in own_pairs]
+        votes += [mu for *_, mu in own_pairs]
         rows += completions
     last = pad([[False] * (len(ids) - 1) + [True] for ids in rows], device, False)
-    first, second, mu, owner = [to_device(torch.tensor(column), device) for column in zip(*pairs)]
-    return pad(rows, device), last, first, second, mu, owner
+    pairs = torch.tensor(pairs, dtype=torch.long).view(-1, 3)
+    mu = torch.tensor(votes, dtype=torch.get_default_dtype())
+    first, second, owner = to_device(pairs, device).unbind(1)
+    return pad(rows, device), last, first, second, to_device(mu, device), owner
 
 
 def load_reward_model(name, args, device):
@@ -210,7 +216,7 @@ def forward(model, comparisons, args, autocast):
     num_pairs = to_device(torch.tensor([len(pairs) for *_, pairs, _ in comparisons]), model.device)  # (B,)
     mean = lambda x: x.new_zeros(num_pairs.shape).index_add(0, owner, x) / num_pairs  # (M,) -> (B,)
     losses = mean(bradley_terry_loss(rewards[first], rewards[second], mu))
-    if args.loss_type == "plackett_luce":  # two of them are Bradley-Terry already
+    if args.loss_type == "plackett_luce" and comparisons:  # two of them are Bradley-Terry already
         losses = list(losses)
         for k, (completions, ranking, *_) in enumerate(comparisons):
             if len(completions) > 2:
@@ -222,7 +228,7 @@ def forward(model, comparisons, args, autocast):
     votes = 0.5 + (mu - 0.5) * margins.sign()
     metrics = {"loss": losses.detach(), "accuracy": mean(votes), "margin": mean(margins),
                "rewards/chosen": mean(chosen), "rewards/rejected": mean(rejected),
-               "mean_reward": torch.stack([own.detach().mean() for own in rewards_of])}
+               "mean_reward": torch.cat([chosen[:0], *(own.detach().mean(0, True) for own in rewards_of)])}
     return losses, metrics, margins, mu, rewards.detach()
 
 
@@ -273,8 +279,8 @@ def score_file(args, device, autocast):
 
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
-    check_flags(args)
     device, autocast = device_of(args)
+    check_flags(args)
     if args.score:
         return score_file(args, device, autocast)
     run = Run(args)
@@ -287,6 +293,7 @@ def main(args: Args) -> dict:
     train = load_comparisons(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_comparisons(tokenizer, held_out_rows, eos_ids, args.max_length)
     check_model(model, [ids for completions, *_ in train + held_out for ids in completions])
+    lighten(model, args, autocast)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps = steps_per_epoch * args.num_train_epochs
@@ -317,8 +324,8 @@ def main(args: Args) -> dict:
 
         # 3a. gradient, micro-batch by micro-batch
         totals = {}
-        for i in range(0, len(batch), args.micro_batch_size):
-            losses, each, *_ = forward(model, batch[i : i + args.micro_batch_size], args, autocast)
+        for s in shares(len(batch), args.micro_batch_size):
+            losses, each, *_ = forward(model, batch[s], args, autocast)
             (losses.sum() / len(batch)).backward()
             for name, value in each.items():
                 totals[name] = totals.get(name, 0.0) + value.sum().double() / len(batch)
@@ -326,13 +333,13 @@ def main(args: Args) -> dict:
         # 3b. optimizer step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, num_steps)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = clip_gradients(model, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 3c. log, save
         num_tokens += batch_tokens
-        metrics = to_floats({**totals, "grad_norm": grad_norm})
+        metrics = to_floats(totals, {"grad_norm": grad_norm})
         metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": num_tokens,
                     "epoch": (step + 1) / steps_per_epoch,
                     "tokens_per_second": batch_tokens / (time.time() - began)}

@@ -27,8 +27,8 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, check_flags, check_model, complete, device_of, encode, fail, learning_rate, load_model, pad,
-    sequence_logprobs, shuffled, split_rows, to_floats)
+    Run, check_flags, check_model, clip_gradients, complete, device_of, encode, fail, learning_rate, lighten,
+    load_model, pad, sequence_logprobs, shares, shuffled, split_rows, to_floats)
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Args:
     save_every: int = 200  # steps between checkpoints to resume from (0: only on Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products, not of weights; auto: bf16 on CUDA
+    shard: bool = False  # under torchrun, spread weights and optimizer over the GPUs (FSDP2): less memory
     track: bool = False  # log to Weights & Biases too
     # data
     model: str = "data/model"  # folder or Hub id to start from; without weights in it, random ones
@@ -59,6 +60,7 @@ class Args:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # clip the gradient to this norm
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    lora_rank: int = 0  # train adapters of this rank (8 to 64; 10 times the learning rate), 0: all weights
 
 
 def sft_loss(logprobs, trained, num_tokens):
@@ -72,16 +74,16 @@ def sft_loss(logprobs, trained, num_tokens):
 
 def collate(rows, device):
     """Rows (ids, trained) padded on the right to the longest one: input_ids (B, T), trained (B, T)."""
-    ids, trained = zip(*rows)
-    return pad(ids, device), pad(trained, device, False)
+    ids = [ids for ids, _ in rows]
+    return pad(ids, device), pad([trained for _, trained in rows], device, False)
 
 
 @torch.no_grad()
 def evaluate(model, tokenizer, rows, eos_ids, args, autocast):
     """(metrics, samples): loss per held-out token, and a completion of the first held-out prompts."""
-    loss, hits, num_tokens = 0.0, 0, sum(sum(trained) for _, trained in rows)
-    for i in range(0, len(rows), args.micro_batch_size):
-        input_ids, trained = collate(rows[i : i + args.micro_batch_size], model.device)
+    loss, hits, num_tokens = 0.0, 0.0, sum(sum(trained) for _, trained in rows)
+    for s in shares(len(rows), args.micro_batch_size):
+        input_ids, trained = collate(rows[s], model.device)
         with autocast():
             logprobs, hit = sequence_logprobs(model, input_ids, trained, hits=True)
         loss += sft_loss(logprobs, trained, num_tokens).double()
@@ -93,15 +95,15 @@ def evaluate(model, tokenizer, rows, eos_ids, args, autocast):
         prompts.append(ids[:answer])
     with autocast():
         metrics, samples = complete(model, tokenizer, prompts, eos_ids, args)
-    metrics = {"eval/loss": loss, "eval/mean_token_accuracy": hits / num_tokens, **metrics}
-    return to_floats(metrics), samples
+    sums = {"eval/loss": loss, "eval/mean_token_accuracy": hits / num_tokens}
+    return to_floats(sums, metrics), samples
 
 
 def main(args: Args) -> dict:
     # 1. flags, run folder, device
+    device, autocast = device_of(args)
     check_flags(args)
     run = Run(args)
-    device, autocast = device_of(args)
 
     # 2. model, data, optimizer
     train_rows, held_out_rows = split_rows(
@@ -113,6 +115,7 @@ def main(args: Args) -> dict:
     train = list(filter(None, encode(tokenizer, train_rows, eos_ids, args.max_length)))  # None was dropped
     held_out = list(filter(None, encode(tokenizer, held_out_rows, eos_ids, args.max_length)))
     check_model(model, [ids for ids, _ in train + held_out])
+    lighten(model, args, autocast)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps = steps_per_epoch * args.num_train_epochs
@@ -142,10 +145,9 @@ def main(args: Args) -> dict:
         batch_tokens = sum(sum(trained) for _, trained in batch)  # of the step, before its micro-batches
 
         # 3a. gradient, micro-batch by micro-batch
-        loss = torch.zeros((), device=device)
-        hits = 0
-        for i in range(0, len(batch), args.micro_batch_size):
-            input_ids, trained = collate(batch[i : i + args.micro_batch_size], device)
+        loss, hits = 0.0, 0.0
+        for s in shares(len(batch), args.micro_batch_size):
+            input_ids, trained = collate(batch[s], device)
             with autocast():
                 logprobs, hit = sequence_logprobs(model, input_ids, trained, hits=True)
             micro_loss = sft_loss(logprobs, trained, batch_tokens)
@@ -156,13 +158,14 @@ def main(args: Args) -> dict:
         # 3b. optimizer step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, num_steps)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = clip_gradients(model, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 3c. log, save
         num_tokens += batch_tokens
-        metrics = to_floats({"loss": loss, "mean_token_accuracy": hits / batch_tokens, "grad_norm": norm})
+        sums = {"loss": loss, "mean_token_accuracy": hits / batch_tokens}
+        metrics = to_floats(sums, {"grad_norm": grad_norm})
         metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": num_tokens,
                     "epoch": (step + 1) / steps_per_epoch,
                     "tokens_per_second": batch_tokens / (time.time() - began)}

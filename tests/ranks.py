@@ -1,0 +1,70 @@
+"""Run jobs of the scripts on N processes, as torchrun starts them, without importing torch for each job anew.
+
+    python tests/ranks.py N jobs.json
+
+jobs.json: a list of {"script": "dpo", "flags": {...}, "stop": 0}. After the step `stop` the last rank gets SIGTERM.
+Each process has the environment that torchrun would give it, and runs the jobs one after the other.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+import common
+import dpo
+import grpo
+import ppo
+import reward_model
+import sft
+
+SCRIPTS = {module.__name__: module for module in (sft, dpo, reward_model, ppo, grpo)}
+
+
+def run(job, is_last):
+    module, number = SCRIPTS[job["script"]], job.get("stop", 0)
+    log = common.Run.log
+
+    def log_and_stop(self, step, metrics, samples=()):
+        log(self, step, metrics, samples)
+        if is_last and step == number > 0 and "learning_rate" in metrics:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    common.Run.log = log_and_stop
+    try:
+        module.main(module.Args(**job["flags"]))
+    except SystemExit as end:
+        if end.code != 128 + signal.SIGTERM or not number:
+            raise
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+    finally:
+        common.Run.log = log
+
+
+def main(world, jobs):
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            if world > 1:
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world),
+                               "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for job in jobs:
+                run(job, rank == world - 1)
+            sys.exit(0)
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())))
