@@ -188,7 +188,7 @@ OF_SAMPLERS = [
     Sign(RATE, "largest KL in the first tenth, nats a token", kl_of_the_first_tenth, "below", 1.0, SLOWER),
     Sign(FLAT, "gain of the reward, in its own noise", gain, "above", 3.0,
          "read samples and rewards: is it constant, shuffled, never reached, not about the text?"),
-    Sign(AWAY, "KL at the end, nats a token", kl_at_the_end, "below", 1.0,
+    Sign(AWAY, "KL at the end, nats a token", kl_at_the_end, "below", 0.5,
          "raise --kl-coef: a reward that rises as the text leaves all reason is over-optimized"),
     Sign("the entropy collapses", "entropy at the end, of the start's", entropy_left, "above", 0.33,
          "raise --kl-coef or lower --learning-rate: all responses become one"),
@@ -292,12 +292,12 @@ def verdict(log, logs) -> dict:
     elif left:
         word = "outside the band, without a sign of sickness"
     return {"script": log.script, "steps": log.last, "verdict": word, "compared": compared, "signs": signs,
-            "left": left}
+            "left": left, "seeds": len(logs)}
 
 
 def say(name, found) -> None:
     """The verdict on the screen, each sign with its figure and limit."""
-    against = "beside five seeds" if found["compared"] else "other data than theirs: by signs alone"
+    against = f"beside {found['seeds']} seeds" if found["compared"] else "other data: by signs alone"
     print(f"\n{name}: {found['script']}.py, {found['steps']} steps, {against}")
     advice = {}
     for sign, figure in found["signs"]:
@@ -337,7 +337,7 @@ def draw(named_logs, file) -> None:
             if compared:  # far from the band a curve leaves the picture
                 low, high = zip(*limits(reference, name).values())
                 steps = [middle(part, reference[0]) for part in range(PARTS)]
-                axes.fill_between(steps, low, high, color="#cccccc", zorder=0, label="five seeds")
+                axes.fill_between(steps, low, high, color="#cccccc", zorder=0, label=f"{len(reference)} seeds")
                 room = 1.5 * (max(high) - min(low))
                 bottom, top = axes.get_ylim()
                 axes.set_ylim(max(bottom, min(low) - room), min(top, max(high) + room))
@@ -394,8 +394,8 @@ def shuffle_pairs(file) -> None:
 
 
 def plan(folder) -> dict[str, tuple[str, list[str]]]:
-    """name -> (script, flags) of all runs, in an order in which each finds the models that it needs. Seeds of
-    reward_model.py, dpo.py and ppo.py build on each other's; those of grpo.py all start from the first SFT model.
+    """name -> (script, flags) of all runs, in an order in which each finds the models that it needs. Those of
+    grpo.py all build on the first SFT model, the others on the SFT and reward model of their seed.
     """
     result = {}
     for seed in SEEDS:
@@ -456,11 +456,37 @@ def record(folder) -> dict:
             "figures": {sign.what: float(f"{figure:.4g}") for sign, figure in found["signs"]},
             "left": [left["name"] for left in found["left"]]}
     (CURVES / "verdicts.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nfor benchmarks/README.md:\n\n{table(result['runs'])}")
     for script in ("ppo", "grpo"):
         healthy = next(name for name in UNSEEN if name.startswith(script))
         names = [healthy, f"{script}-lr-1", f"{script}-shuffled-1", f"{script}-kl0-1"]
         draw({name: read(CURVES / f"{name}.jsonl") for name in names}, CURVES / f"{script}.png")
     return result
+
+
+def table(runs) -> str:
+    """Each sign in Markdown: its limit, the healthy runs' range, and the runs that were made to show it."""
+    lines = ["| script | sign | healthy | healthy runs | made sick |", "|---|---|---|---|---|"]
+    groups = {**SIGNS, "ppo": OF_SAMPLERS, "grpo": SIGNS["grpo"][len(OF_SAMPLERS) :]}
+    for script, signs in groups.items():
+        scripts = ["ppo", "grpo"] if script == "ppo" else [script]
+        for sign in signs:
+            healthy, sick = [], {}
+            for name, row in runs.items():
+                kind = name.rpartition("-")[0]
+                figure = row["figures"].get(sign.what)
+                if figure is None or not name.startswith(tuple(scripts)):
+                    continue
+                if row["made"] == "healthy":
+                    healthy.append(figure)
+                elif row["made"] == sign.sickness:
+                    sick.setdefault(kind, []).append(f"{figure:.2g}")
+            spread = f"{min(healthy):.2g} to {max(healthy):.2g}" if healthy else ""
+            found = "; ".join(f"{kind}: {', '.join(figures)}" for kind, figures in sick.items())
+            label = ", ".join(scripts) if sign is signs[0] else ""
+            limit = f"{sign.healthy} {sign.limit:g}"
+            lines.append(f"| {label} | {sign.what} ({sign.sickness}) | {limit} | {spread} | {found} |")
+    return "\n".join(lines)
 
 
 def main(args: Args) -> dict:
