@@ -35,7 +35,7 @@ from gold_reward import gold_reward  # noqa: E402
 
 CURVES = ROOT / "benchmarks" / "results" / "curves"
 PARTS = 25  # of a run
-WIDTH = 4.0  # half the band, in standard deviations between seeds
+WIDTH = 5.0  # half the band, in standard deviations between seeds
 ROW = 3  # so many parts in a row outside: the run leaves the band
 WATCH = {  # script -> what to watch. The first one tells the scripts apart
     "sft": ("mean_token_accuracy", "loss", "grad_norm"),
@@ -228,9 +228,13 @@ SIGNS = {  # script -> its signs, causes before effects
 # ---- The band ----
 
 
+def band_files(script) -> list[Path]:
+    return sorted(CURVES.glob(f"{script}-[1-5].jsonl"))
+
+
 def band(script) -> list[Log]:
     """The five runs of the reference."""
-    return [read(file) for file in sorted(CURVES.glob(f"{script}-[1-5].jsonl"))]
+    return [read(file) for file in band_files(script)]
 
 
 def limits(logs, name) -> dict[int, tuple[float, float]]:
@@ -284,7 +288,7 @@ def verdict(log, logs) -> dict:
     signs = [(sign, sign.figure(log)) for sign in SIGNS[log.script]]
     signs = [(sign, figure) for sign, figure in signs if not math.isnan(figure)]
     sick = dict.fromkeys(sign.sickness for sign, figure in signs if sign.is_sick(figure))
-    compared = len(logs) > 1 and is_of_this_world(log, logs)
+    compared = len(logs) > 2 and is_of_this_world(log, logs)
     left = exits(log, logs) if compared else []
     word = "healthy"
     if sick:
@@ -337,7 +341,7 @@ def draw(named_logs, file) -> None:
             if compared:  # far from the band a curve leaves the picture
                 low, high = zip(*limits(reference, name).values())
                 steps = [middle(part, reference[0]) for part in range(PARTS)]
-                axes.fill_between(steps, low, high, color="#cccccc", zorder=0, label=f"{len(reference)} seeds")
+                axes.fill_between(steps, low, high, color="#cccccc", zorder=0, label="band of seeds")
                 room = 1.5 * (max(high) - min(low))
                 bottom, top = axes.get_ylim()
                 axes.set_ylim(max(bottom, min(low) - room), min(top, max(high) + room))
@@ -352,11 +356,12 @@ def draw(named_logs, file) -> None:
 # ---- The reference, and runs that are sick on purpose ----
 
 SEEDS = (1, 2, 3, 4, 5)  # of the band
-UNSEEN = {  # healthy runs that the band does not know: another seed, or an SFT model of another seed
+UNSEEN = {  # healthy runs that the band does not know: a sixth seed, or an SFT model of another seed
     "ppo-other-6": ("ppo", "--seed 6 --model {folder}/sft-1/model --reward {folder}/reward_model-1/model"),
-    "dpo-other-6": ("dpo", "--seed 6 --model {folder}/sft-1/model"),
-    "grpo-other-2": ("grpo", "--seed 2 --model {folder}/sft-2/model"),
-    "grpo-other-3": ("grpo", "--seed 3 --model {folder}/sft-3/model"),
+    "grpo-other-2": ("grpo", "--seed 2 --model {folder}/sft-1/model"),
+    "grpo-other-3": ("grpo", "--seed 3 --model {folder}/sft-1/model"),
+    "grpo-other-4": ("grpo", "--seed 4 --model {folder}/sft-1/model"),
+    "grpo-other-5": ("grpo", "--seed 5 --model {folder}/sft-1/model"),
 }
 SICK_SEEDS = (1, 2)
 OTHER_LABELS = "--dataset {folder}/shuffled.jsonl --eval-dataset data/preferences_test.jsonl"
@@ -394,15 +399,12 @@ def shuffle_pairs(file) -> None:
 
 
 def plan(folder) -> dict[str, tuple[str, list[str]]]:
-    """name -> (script, flags) of all runs, in an order in which each finds the models that it needs. Those of
-    grpo.py all build on the first SFT model, the others on the SFT and reward model of their seed.
-    """
+    """name -> (script, flags) of all runs, in an order in which each finds the models that it needs."""
     result = {}
     for seed in SEEDS:
         start = f"--seed {seed} --model {folder}/sft-{seed}/model"
         learned = f"{start} --reward {folder}/reward_model-{seed}/model"
-        starts = {"sft": f"--seed {seed}", "reward_model": start, "dpo": start, "ppo": learned,
-                  "grpo": f"--seed {seed} --model {folder}/sft-1/model"}
+        starts = {"sft": f"--seed {seed}", "reward_model": start, "dpo": start, "ppo": learned, "grpo": start}
         for script, flags in starts.items():
             result[f"{script}-{seed}"] = script, flags
     for seed in SICK_SEEDS:
@@ -432,35 +434,42 @@ def thin(log) -> list[dict]:
 
 
 def record(folder) -> dict:
-    """Make the runs that are missing, thin all, and judge them: a seed of the band beside the four others."""
+    """Make the runs that are missing in this folder, thin all, and judge them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     shuffle_pairs(Path(folder, "shuffled.jsonl"))
     CURVES.mkdir(parents=True, exist_ok=True)
-    runs = plan(folder)
-    for name, (script, flags) in runs.items():
+    for name, (script, flags) in plan(folder).items():
         run = Path(folder, name)
         if not (run / "args.json").exists():  # a sick run may end before its end, with one line
             subprocess.run([sys.executable, ROOT / f"{script}.py", *flags, "--output-dir", run], cwd=ROOT)
         rows = thin(read(run))
         (CURVES / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return judge()
+
+
+def judge() -> dict:
+    """Judge all committed runs, those of the band beside the four others, and write what is found."""
     result = {"torch": version("torch"), "transformers": version("transformers"), "runs": {}}
-    for name, (script, flags) in runs.items():
-        log = read(CURVES / f"{name}.jsonl")
-        others = [read(CURVES / f"{script}-{seed}.jsonl") for seed in SEEDS if f"{script}-{seed}" != name]
-        found = verdict(log, others)
+    for name, (script, flags) in plan("FOLDER").items():
+        file = CURVES / f"{name}.jsonl"
+        if not file.exists():
+            continue
+        log = read(file)
+        found = verdict(log, [read(other) for other in band_files(script) if other != file])
         say(name, found)
         made = SICK.get(name.rpartition("-")[0], (script, "", "healthy"))[2]
-        command = " ".join(["python", f"{script}.py", *flags]).replace(str(folder), "FOLDER")
         result["runs"][name] = {
-            "command": command.replace(f"{ROOT}/", ""), "made": made, "verdict": found["verdict"],
+            "command": " ".join(["python", f"{script}.py", *flags]).replace(f"{ROOT}/", ""),
+            "made": made, "verdict": found["verdict"],
             "figures": {sign.what: float(f"{figure:.4g}") for sign, figure in found["signs"]},
             "left": [left["name"] for left in found["left"]]}
     (CURVES / "verdicts.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nfor benchmarks/README.md:\n\n{table(result['runs'])}")
+    print(f"\nfor benchmarks/README.md:\n\n{summary(result['runs'])}\n\n{table(result['runs'])}")
     for script in ("ppo", "grpo"):
         healthy = next(name for name in UNSEEN if name.startswith(script))
         names = [healthy, f"{script}-lr-1", f"{script}-shuffled-1", f"{script}-kl0-1"]
-        draw({name: read(CURVES / f"{name}.jsonl") for name in names}, CURVES / f"{script}.png")
+        logs = {name: read(CURVES / f"{name}.jsonl") for name in names if (CURVES / f"{name}.jsonl").exists()}
+        draw(logs, CURVES / f"{script}.png")
     return result
 
 
@@ -480,13 +489,25 @@ def table(runs) -> str:
                 if row["made"] == "healthy":
                     healthy.append(figure)
                 elif row["made"] == sign.sickness:
-                    sick.setdefault(kind, []).append(f"{figure:.2g}")
-            spread = f"{min(healthy):.2g} to {max(healthy):.2g}" if healthy else ""
+                    sick.setdefault(kind, []).append(f"{figure:.3g}")
+            spread = f"{min(healthy):.3g} to {max(healthy):.3g}" if healthy else ""
             found = "; ".join(f"{kind}: {', '.join(figures)}" for kind, figures in sick.items())
             label = ", ".join(scripts) if sign is signs[0] else ""
             limit = f"{sign.healthy} {sign.limit:g}"
             lines.append(f"| {label} | {sign.what} ({sign.sickness}) | {limit} | {spread} | {found} |")
     return "\n".join(lines)
+
+
+def summary(runs) -> str:
+    """How many runs were called what they are, in a sentence."""
+    healthy = [row for row in runs.values() if row["made"] == "healthy"]
+    right = sum(row["verdict"] == "healthy" for row in healthy)
+    sick = [row for row in runs.values() if row["made"] != "healthy"]
+    named = sum(row["verdict"].startswith(f"sick: {row['made']}") for row in sick)
+    seen = sum(bool(row["left"]) for row in sick)
+    return (f"Of {len(healthy)} healthy runs, a seed of the band beside the four others, {right} are called "
+            f"healthy. Of {len(sick)} runs that are sick on purpose {named} get the name of their sickness "
+            f"first, and {seen} leave the band too.")
 
 
 def main(args: Args) -> dict:

@@ -43,15 +43,17 @@ def test_a_committed_run_is_judged_as_it_was_made(name):
     assert {sign.what: figure for sign, figure in found["signs"]} == pytest.approx(row["figures"], rel=1e-3, abs=1e-9)
 
 
-def test_all_runs_are_there():
+def test_the_runs_that_are_there():
+    """Five seeds of each script, healthy runs that the band does not know, and each sickness in two runs or more."""
     healthy = {f"{script}-{seed}" for script in WATCH for seed in (1, 2, 3, 4, 5)} | set(curves.UNSEEN)
-    sick = {f"{name}-{seed}" for name in curves.SICK for seed in (1, 2)}
-    assert set(RECORDED) == healthy | sick == set(curves.plan("FOLDER"))
+    assert healthy <= set(RECORDED) <= set(curves.plan("FOLDER"))
+    made = [row["made"] for row in RECORDED.values()]
+    assert min(made.count(sickness) for sickness in (RATE, FLAT, AWAY)) >= 2
     sizes = [file.stat().st_size for file in curves.CURVES.glob("*.jsonl")]
     assert len(sizes) == len(RECORDED) and sum(sizes) < 400_000
 
 
-@pytest.mark.parametrize("name", ["ppo-lr-1", "grpo-kl0-1", "dpo-shuffled-1", "reward_model-2", "grpo-other-3"])
+@pytest.mark.parametrize("name", ["ppo-lr-1", "grpo-kl0-1", "dpo-3", "reward_model-2", "grpo-other-3"])
 def test_commands_have_their_flags(name):
     script, flags = curves.plan("FOLDER")[name]
     tyro.cli(importlib.import_module(script).Args, args=flags)
@@ -61,7 +63,8 @@ def test_commands_have_their_flags(name):
 
 
 def test_the_table_of_the_readme():
-    assert curves.table(RECORDED) in (ROOT / "benchmarks" / "README.md").read_text()
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert curves.table(RECORDED) in text and curves.summary(RECORDED) in text.replace("\n", " ")
 
 
 # ---- Logs by hand ----
@@ -184,19 +187,19 @@ def seeds_of(script="sft", **changed):
 def test_limits_by_hand():
     """Five seeds at 2.0 to 2.4: mean 2.2, standard deviation sqrt(0.025)."""
     for low, high in curves.limits(seeds_of(), "loss").values():
-        assert (low, high) == pytest.approx((2.2 - 4 * 0.025**0.5, 2.2 + 4 * 0.025**0.5))
+        assert (low, high) == pytest.approx((2.2 - 5 * 0.025**0.5, 2.2 + 5 * 0.025**0.5))
 
 
 @pytest.mark.parametrize("parts, leaves", [(2, False), (3, True)])
 def test_a_run_leaves_the_band_in_three_parts_in_a_row(parts, leaves):
     outside = range(21, 21 + 2 * parts)  # steps; parts 10, 11, ..
-    log = log_of("sft", loss=lambda step: 3.0 if step in outside else 2.3, grad_norm=1.0)
+    log = log_of("sft", loss=lambda step: 3.5 if step in outside else 2.3, grad_norm=1.0)
     found = verdict(log, seeds_of())
     assert found["compared"] and bool(found["left"]) == leaves
     if leaves:
         (left,) = found["left"]
         assert (left["name"], left["first_step"], left["last_step"]) == ("loss", 21, 20 + 2 * parts)
-        assert left["value"] == 3 and left["high"] < 3
+        assert left["value"] == 3.5 and left["high"] < 3
         assert found["verdict"] == "outside the band, without a sign of sickness"
     else:
         assert found["verdict"] == "healthy"
