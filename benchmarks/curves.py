@@ -151,6 +151,17 @@ def rise(log) -> float:
     return values[-1] / min(values) if values else math.nan
 
 
+def fall_in_margins(log) -> float:
+    """How far rewards/chosen has fallen, in units of the margin: beta cancels. NaN without a margin."""
+    margin = log.end("rewards/margins")
+    return -log.end("rewards/chosen") / margin if margin > 0.05 else math.nan
+
+
+def of_chance(log) -> float:
+    """The last loss on held-out pairs over that of a coin: log 2, for DPO the loss at its start."""
+    return last("loss")(log) / (log.start("loss") if log.script == "dpo" else math.log(2))
+
+
 def last(name):
     return lambda log: log.evaluations[-1].get(f"eval/{name}", math.nan) if log.evaluations else math.nan
 
@@ -185,7 +196,7 @@ OF_SAMPLERS = [
          "below", 0.5, "try --dtype float32"),
     Sign(RATE, "KL of one update, nats a token", largest("policy/approx_kl"), "below", 0.1, SLOWER),
     Sign(RATE, "tokens that are clipped", largest("policy/clipfrac"), "below", 0.3, SLOWER),
-    Sign(RATE, "largest KL in the first tenth, nats a token", kl_of_the_first_tenth, "below", 1.0, SLOWER),
+    Sign(RATE, "largest KL in the first tenth, nats a token", kl_of_the_first_tenth, "below", 0.5, SLOWER),
     Sign(FLAT, "gain of the reward, in its own noise", gain, "above", 3.0,
          "read samples and rewards: is it constant, shuffled, never reached, not about the text?"),
     Sign(AWAY, "KL at the end, nats a token", kl_at_the_end, "below", 0.5,
@@ -205,15 +216,17 @@ SIGNS = {  # script -> its signs, causes before effects
     "dpo": [
         Sign(OTHER_START, "margin before training", lambda log: abs(log.start("rewards/margins")),
              "below", 0.01, "the loss has to start at log 2 = 0.693"),
+        Sign(LABELS, "held-out loss at the end, of chance's", of_chance, "below", 0.98, READ_LABELS),
         Sign(RATE, "largest loss; log 2 = 0.693 is chance", largest("loss"), "below", 0.8, SLOWER),
-        Sign(LABELS, "held-out accuracy at the end", last("rewards/accuracies"), "above", 0.55, READ_LABELS),
+        Sign(RATE, "fall of chosen at the end, in margins", fall_in_margins, "below", 3.0,
+             f"{SLOWER}, or raise --beta: probability leaves both sides"),
         Sign(OVERFIT, "held-out loss at the end, of the least", rise, "below", 1.1, FEWER),
         Sign("samples do not end", "share that ends with an EOS at the end", last_rate, "above", 0.5,
              "lower --learning-rate or raise --beta"),
     ],
     "reward_model": [
+        Sign(LABELS, "held-out loss at the end, of chance's", of_chance, "below", 0.98, READ_LABELS),
         Sign(RATE, "largest loss; log 2 = 0.693 is chance", largest("loss"), "below", 0.8, SLOWER),
-        Sign(LABELS, "held-out accuracy at the end", last("accuracy"), "above", 0.55, READ_LABELS),
         Sign(OVERFIT, "held-out loss at the end, of the least", rise, "below", 1.1, FEWER),
         Sign("rewards are over-confident", "calibration error at the end", last("ece"), "below", 0.1, FEWER),
     ],
@@ -282,6 +295,8 @@ def exits(log, logs) -> list[dict]:
 
 # ---- Words and pictures ----
 
+OUTSIDE = "outside the band, without a sign of sickness"
+
 
 def verdict(log, logs) -> dict:
     """What is to be said of a run: its signs as (sign, figure), where it leaves the band, and a word."""
@@ -294,7 +309,7 @@ def verdict(log, logs) -> dict:
     if sick:
         word = "sick: " + ", ".join(sick)
     elif left:
-        word = "outside the band, without a sign of sickness"
+        word = OUTSIDE
     return {"script": log.script, "steps": log.last, "verdict": word, "compared": compared, "signs": signs,
             "left": left, "seeds": len(logs)}
 
@@ -365,7 +380,7 @@ UNSEEN = {  # healthy runs that the band does not know: a sixth seed, or an SFT 
 }
 SICK_SEEDS = (1, 2)
 OTHER_LABELS = "--dataset {folder}/shuffled.jsonl --eval-dataset data/preferences_test.jsonl"
-SICK = {  # name -> script, flags, the sickness it has to be found to have
+SICK = {  # name -> script, flags, what it has to be found to have
     "ppo-lr": ("ppo", "--learning-rate 5e-3 --critic-learning-rate 1e-2", RATE),
     "ppo-shuffled": ("ppo", "--reward {curves}:shuffled", FLAT),
     "ppo-kl0": ("ppo", "--kl-coef 0", AWAY),
@@ -374,9 +389,9 @@ SICK = {  # name -> script, flags, the sickness it has to be found to have
     "grpo-kl0": ("grpo", "--kl-coef 0", AWAY),
     "dpo-lr": ("dpo", "--learning-rate 5e-3", RATE),
     "dpo-shuffled": ("dpo", OTHER_LABELS, LABELS),
-    "reward_model-lr": ("reward_model", "--learning-rate 3e-2", RATE),
+    "reward_model-lr": ("reward_model", "--learning-rate 3e-2", OUTSIDE),  # it learns, but less
     "reward_model-shuffled": ("reward_model", OTHER_LABELS, LABELS),
-    "sft-lr": ("sft", "--learning-rate 6e-2", RATE),
+    "sft-lr": ("sft", "--learning-rate 6e-2", OUTSIDE),  # it learns more slowly, and ends nearly as well
 }
 order = random.Random(0)
 
@@ -502,7 +517,7 @@ def summary(runs) -> str:
     """How many runs were called what they are, in a sentence."""
     healthy = [row for row in runs.values() if row["made"] == "healthy"]
     right = sum(row["verdict"] == "healthy" for row in healthy)
-    sick = [row for row in runs.values() if row["made"] != "healthy"]
+    sick = [row for row in runs.values() if row["made"] not in ("healthy", OUTSIDE)]
     named = sum(row["verdict"].startswith(f"sick: {row['made']}") for row in sick)
     seen = sum(bool(row["left"]) for row in sick)
     return (f"Of {len(healthy)} healthy runs, a seed of the band beside the four others, {right} are called "

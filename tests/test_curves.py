@@ -36,8 +36,8 @@ def test_a_committed_run_is_judged_as_it_was_made(name):
     log, row = read(curves.CURVES / f"{name}.jsonl"), RECORDED[name]
     found = verdict(log, reference_of(name, log.script))
     assert found["verdict"] == row["verdict"]
-    if row["made"] == "healthy":
-        assert found["verdict"] == "healthy"
+    if row["made"] in ("healthy", curves.OUTSIDE):
+        assert found["verdict"] == row["made"]
     else:
         assert found["verdict"].startswith(f"sick: {row['made']}")
     assert {sign.what: figure for sign, figure in found["signs"]} == pytest.approx(row["figures"], rel=1e-3, abs=1e-9)
@@ -104,9 +104,11 @@ ENDS = {
 }
 
 
-def made(script, last=(), first=(), **changed):
-    """A healthy run with a change in its metrics, or in its first or last evaluation."""
+def made(script, last=(), first=(), middle=None, **changed):
+    """A healthy run with a change in its metrics, or in its first or last evaluation, or with one in the middle."""
     ends = [{"step": 50 * i, **row} for i, row in enumerate(ENDS[script])]
+    if middle:
+        ends.insert(1, {"step": 25, **middle})
     ends[0] |= dict(first)
     ends[-1] |= dict(last)
     return log_of(script, evaluations=ends, **(HEALTHY[script] | changed))
@@ -138,10 +140,11 @@ SICK = [
     ("grpo", {"kl": lambda step: step / 3}, AWAY),
     ("dpo", {"first": {"eval/rewards/margins": -0.3}}, OTHER_START),
     ("dpo", {"loss": one_at(20, 1.2, 0.5)}, RATE),
-    ("dpo", {"last": {"eval/rewards/accuracies": 0.51}}, LABELS),
-    ("dpo", {"last": {"eval/loss": 0.9}}, OVERFIT),
+    ("dpo", {"rewards__chosen": -3.5}, RATE),
+    ("dpo", {"first": {"eval/loss": 0.6931}, "last": {"eval/loss": 0.692}}, LABELS),
+    ("dpo", {"middle": {"eval/loss": 0.5}, "last": {"eval/loss": 0.6}}, OVERFIT),
     ("dpo", {"last": {"completions/eos_rate": 0.3}}, "samples do not end"),
-    ("reward_model", {"last": {"eval/accuracy": 0.45}}, LABELS),
+    ("reward_model", {"last": {"eval/loss": 0.69}}, LABELS),
     ("reward_model", {"last": {"eval/ece": 0.3}}, "rewards are over-confident"),
     ("sft", {"last": {"completions/eos_rate": 0.0}}, "samples do not end"),
 ]
@@ -200,7 +203,7 @@ def test_a_run_leaves_the_band_in_three_parts_in_a_row(parts, leaves):
         (left,) = found["left"]
         assert (left["name"], left["first_step"], left["last_step"]) == ("loss", 21, 20 + 2 * parts)
         assert left["value"] == 3.5 and left["high"] < 3
-        assert found["verdict"] == "outside the band, without a sign of sickness"
+        assert found["verdict"] == curves.OUTSIDE
     else:
         assert found["verdict"] == "healthy"
 
@@ -269,7 +272,7 @@ def test_own_runs_are_read(script, whole, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     found = curves.main(curves.Args(runs=(str(run),), output=str(tmp_path / "curves.png")))[str(run)]
     assert found["script"] == script.name and not found["compared"]
-    assert len(found["signs"]) == len(SIGNS[script.name])
+    assert len(found["signs"]) >= len(SIGNS[script.name]) - (script.name == "dpo")  # in three steps it has no margin
     log = read(run)
     assert all(log.parts(name) for name in WATCH[script.name])
     assert "pip install matplotlib" in capsys.readouterr().out
