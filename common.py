@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig)
@@ -218,12 +217,9 @@ class Rows:
 
     def forward(self, model, ids, positions):
         """Last hidden states. With a mask of four dimensions transformers makes none of its own."""
+        mask = ids.new_ones(1, 1, 1, 1)
         out = body_of(model)(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=ids.new_ones(1, 1, 1, 1),
-            use_cache=False,
-            rows=self)
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, rows=self)
         return out.last_hidden_state
 
     def attend(self, layer, query, key, value, scale, window):
@@ -248,11 +244,7 @@ class Rows:
             if 0 < window < t:
                 seen = part.new_ones(t, t).tril().triu(1 - window).bool()
             output = F.scaled_dot_product_attention(
-                *rows,
-                attn_mask=seen,
-                is_causal=seen is None,
-                scale=scale,
-                enable_gqa=True)
+                *rows, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True)
             output = output.transpose(1, 2).flatten(0, 1)
             outputs.append(take(output, fresh))
         return torch.cat(outputs)[None]
@@ -332,9 +324,8 @@ def to_device(x, device):
 def pad(rows, device, value=0):
     """Lists to a tensor (B, T), padded on the right. Masks say what counts, never the padding's value."""
     T = max(map(len, rows), default=1)
-    rows = [row + [value] * (T - len(row)) for row in rows]
-    kind = torch.tensor(value).dtype
-    return to_device(torch.tensor(rows, dtype=kind).view(len(rows), T), device)
+    x = torch.tensor([row + [value] * (T - len(row)) for row in rows], dtype=torch.tensor(value).dtype)
+    return to_device(x.view(len(rows), T), device)
 
 def last_token(mask):
     """Index of each row's last True column: (B, T) -> (B,)."""
@@ -464,9 +455,8 @@ def draw(z, noise):
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256, first=0):
-    """A response to each prompt, a list of ids, from softmax(z / temperature), at 0 the likeliest tokens. The
-    noise is a function of (seed, row), the rows being numbered from `first`. Returns a batch of (B, T), on
-    the CPU: input_ids, mask, logprobs."""
+    """A response to each prompt, a list of ids, from softmax(z / temperature), at 0 the likeliest tokens; its
+    noise is a function of (seed, first + row). Returns a batch on the CPU: input_ids, mask, logprobs."""
     device, training, head = model.device, model.training, head_of(model)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(first + len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
@@ -518,7 +508,7 @@ def fail(message):
     line = " ".join(str(message).split())[:1000]
     if ranks()[0]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)  # if rank 0 has said it, torchrun ends this process now
+        time.sleep(10)  # if rank 0 says it too, torchrun ends this process by then
     print(f"error: {line}", file=sys.__stderr__ if ranks()[0] else sys.stderr, flush=True)
     raise SystemExit(2) from None  # by which `blame` knows it
 
@@ -601,33 +591,35 @@ def clip_gradients(model, max_norm):
                 over_ranks(p.grad)
     return full(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
-def lighten(model, args, autocast):
-    """--lora-rank adapters if it is trained; --shard; else weights in 16 bits if that changes no product."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if args.lora_rank and trained and not hasattr(model, "adapters"):
-        with blame("--lora-rank needs `pip install peft`"):
-            import peft
-            torch.manual_seed(args.seed)
-            config = peft.LoraConfig(
-                r=args.lora_rank,
-                lora_alpha=2 * args.lora_rank,
-                target_modules="all-linear",
-                exclude_modules=["score", "classifier"])
+def lighten(args, autocast, *models):
+    """Models, or None, with less memory: --lora-rank adapters on those that are trained, --shard, or else
+    linear layers that are not trained in the 16 bits in which they are multiplied anyway."""
+    linear = torch.nn.Linear, transformers.pytorch_utils.Conv1D
+    for model in dict.fromkeys(models):
+        if model is not None and args.lora_rank and any(p.requires_grad for p in model.parameters()):
+            add_adapters(model, args)
+        if model is not None and args.shard and ranks()[1] > 1:
+            shard(model)
+        elif model is not None:
+            layers = [layer for layer in model.base_model.modules() if isinstance(layer, linear)]
+            with autocast():
+                for p in (p for layer in layers for p in layer.parameters() if not p.requires_grad):
+                    (p.data,) = _autocast(p.data)
+
+def add_adapters(model, args):
+    """Train low-rank adapters (arXiv:2106.09685) of all linear layers of the body, and the head of scores."""
+    with blame("--lora-rank needs `pip install peft`"):
+        import peft
+        torch.manual_seed(args.seed)
+        config = peft.LoraConfig(
+            r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
+            exclude_modules=["score", "classifier"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one has no such head, another its weights transposed
             model.adapters = (peft.get_peft_model(model, config),)  # in place; a tuple is no part of it
-        for name in ("score", "classifier"):
-            if hasattr(model, name):
-                getattr(model, name).requires_grad_(True)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        print(f"{sum(p.numel() for p in trained):,} parameters of adapters are trained")
-    if args.shard and ranks()[1] > 1:
-        shard(model)
-        return
-    with autocast():
-        for layer in model.base_model.modules():
-            if isinstance(layer, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)):
-                for p in layer.parameters():
-                    if not p.requires_grad:
-                        (p.data,) = _autocast(p.data)
+    for name in ("score", "classifier"):
+        if hasattr(model, name):
+            getattr(model, name).requires_grad_(True)
 
 def shard(model):
     """Spread weights, gradients and optimizer states over the ranks by FSDP2: a layer is whole while it
@@ -657,14 +649,18 @@ def full(x):
     """A tensor that may be sharded, put together."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-def whole(state):
-    """A nest of dicts and lists with its sharded tensors in the memory of rank 0, one by one."""
-    def gather(x):
-        if not hasattr(x, "full_tensor"):
-            return x
-        x = full(x)
-        return None if ranks()[0] else x.cpu()
-    return tree_map(gather, state)
+def total_norm(model):
+    """The norm of all weights."""
+    return full(torch.nn.utils.get_total_norm(model.parameters())).item()
+
+def whole(tensors):
+    """A dict with its sharded tensors put together, one by one, in the memory of rank 0's CPU."""
+    tensors = dict(tensors)
+    for name, x in tensors.items():
+        if hasattr(x, "full_tensor"):
+            x = full(x)
+            tensors[name] = None if ranks()[0] else x.cpu()
+    return tensors
 
 def like(x, p):
     """A whole tensor x as the parameter p is: with this rank's part alone, if p is sharded."""
@@ -681,7 +677,9 @@ def state_of(part):
     """What --resume needs of a model, its trained weights, or of an optimizer, whole."""
     if isinstance(part, torch.nn.Module):
         return whole({name: p.detach() for name, p in part.named_parameters() if p.requires_grad})
-    return whole(part.state_dict())
+    state = part.state_dict()
+    state["state"] = {i: whole(values) for i, values in state["state"].items()}
+    return state
 
 def load_state(part, state):
     """The inverse of `state_of`, on any number of ranks."""
@@ -1300,15 +1298,16 @@ def sample_rows(tokenizer, prompts, batch, **columns):
 def to_floats(sums, metrics):
     """Both in one dict of floats, the sums added up over the ranks: the device is waited for once."""
     tensors = {name: x.double().view(1) for name, x in metrics.items() if torch.is_tensor(x)}
-    totals = over_ranks(torch.stack([torch.as_tensor(x).double() for x in sums.values()]))
-    values = torch.cat([totals, *tensors.values()])
-    return metrics | dict(zip([*sums, *tensors], values.tolist()))
+    totals = [torch.as_tensor(x).double() for x in sums.values()]
+    totals = [over_ranks(torch.stack(totals))] if totals else []
+    values = torch.cat([*totals, *tensors.values()]).tolist() if totals or tensors else []
+    return metrics | dict(zip([*sums, *tensors], values))
 
 class Run:
     """Logs, checkpoint and finished model of a run, never overwritten. state: what to resume from, or {}."""
     LOGS = "metrics.jsonl", "samples.jsonl"
     FREE = """resume output_dir model reward dataset eval_dataset device micro_batch_size save_every
-        gradient_checkpointing track""".split()  # on --resume: what is read is compared by its content
+        gradient_checkpointing shard track""".split()  # on --resume: what is read is compared by its content
 
     def __init__(self, args):
         self.args, self.began = args, time.time()
@@ -1335,6 +1334,8 @@ class Run:
 
     def start(self, num_steps, inputs, **parts):
         """Load the checkpoint into parts, open the logs, catch Ctrl-C, SIGTERM, and return the first step."""
+        if 0 < num_steps < 20 and hasattr(self.args, "num_train_epochs"):
+            print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
         self.num_steps, self.parts = num_steps, parts
         models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         weights = [getattr(model, "first_weights", "") for model in models]
@@ -1389,12 +1390,18 @@ class Run:
         if ranks()[1] == 1:  # torchrun sends several, and ends us itself after 30 s
             signal.signal(number, signal.SIG_DFL)
 
+    def check(self, step, name, value):
+        flags = "--learning-rate"
+        if hasattr(self.args, "critic_learning_rate"):
+            flags += " or --critic-learning-rate"
+        if not math.isfinite(value):
+            fail(f"step {step}: {name} is {value}: lower {flags}; the last checkpoint, if any, is in "
+                 f"{self.file.parent}")
+
     def log(self, step, metrics, samples=()):
         """A line of metrics.jsonl, lines of samples.jsonl, and TensorBoard's events if it is installed."""
         for name, value in metrics.items():
-            if not math.isfinite(value):
-                fail(f"step {step}: {name} is {value}: lower --learning-rate; the last checkpoint, if any, "
-                     f"is in {self.file.parent}")
+            self.check(step, name, value)
             if self.writer:
                 self.writer.add_scalar(name, value, step)
         for file, rows in zip(self.logs, ([metrics], samples)):
@@ -1404,6 +1411,9 @@ class Run:
 
     def checkpoint(self, step, **numbers):
         """What --resume needs: every --save-every steps, at the end, after a signal, which ends the run."""
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module):
+                self.check(step, f"the norm of the weights of {name}", total_norm(part))
         is_due = self.args.save_every and step % self.args.save_every == 0
         self.stopped = int(over_ranks(torch.tensor(self.stopped), "MAX"))  # all ranks, or none
         if is_due or self.stopped or step == self.num_steps:

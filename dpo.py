@@ -14,7 +14,7 @@ What is done differently from the paper, and why:
 
 One CPU core, the embedded world, 35 s:  python dpo.py
 One CUDA GPU, a real model and data:     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --beta 0.1 \
-    --dataset trl-lib/ultrafeedback_binarized --learning-rate 5e-7 --micro-batch-size 4 --max-length 8192
+    --dataset trl-lib/ultrafeedback_binarized --learning-rate 5e-7 --micro-batch-size 2 --max-length 8192
 """
 
 import math
@@ -110,7 +110,7 @@ def load_pairs(tokenizer, rows, eos_ids, max_length):
 
 def collate(pairs, device):
     """B pairs as 2B rows, chosen first, padded on the right: input_ids (2B, T), trained (2B, T), mu (B,)."""
-    rows = [chosen for chosen, _, _ in pairs] + [rejected for _, rejected, _ in pairs]  # 2B rows
+    rows = [pair[side] for side in (0, 1) for pair in pairs]  # 2B rows
     trained = [trained for _, trained in rows]
     mu = torch.tensor([mu for *_, mu in pairs], dtype=torch.get_default_dtype())
     return pad([ids for ids, _ in rows], device), pad(trained, device, False), to_device(mu, device)
@@ -175,14 +175,12 @@ def main(args: Args) -> dict:
     train = load_pairs(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_pairs(tokenizer, held_out_rows, eos_ids, args.max_length)
     check_model(model, [ids for pair in train + held_out for ids, _ in pair[:2]])
-    lighten(model, args, autocast)
+    lighten(args, autocast, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if 0 < num_steps < 20:
-        print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
     if run.state:
         ref_train, ref_held_out = run.state["reference"]
     else:

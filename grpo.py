@@ -248,9 +248,7 @@ def main(args: Args) -> dict:
     reference = policy  # without its adapters
     if not args.lora_rank:
         reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    for model in dict.fromkeys([policy, reference, *(model for _, model in rewards)]):
-        if model is not None:
-            lighten(model, args, autocast)
+    lighten(args, autocast, policy, reference, *(model for _, model in rewards))
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     print(f"{len(prompts)} prompts, {len(held_out)} held out, "
           f"{num_updates} updates, {policy.num_parameters():,} parameters on {device}")

@@ -38,7 +38,7 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, blame, check_flags, check_model, clip_gradients, device_of, fail, full, kl_estimate, last_token,
+    Run, blame, check_flags, check_model, clip_gradients, device_of, fail, kl_estimate, last_token,
     lighten, load_model, load_prompts, load_reward, make_first, masked_mean, masked_whiten, micro_batches,
     over_ranks, per_token, rollout, sample_rows, sequence_logprobs, shuffled, split_rows, to_floats,
     token_values)
@@ -239,9 +239,7 @@ def main(args: Args) -> dict:
     reward_model = rewards[0][1]
     critic = load_critic(args, policy, reward_model, device)
     models = {"policy": policy, "critic": critic} if critic else {"policy": policy}
-    for model in dict.fromkeys([*models.values(), reference, *(model for _, model in rewards)]):
-        if model is not None:
-            lighten(model, args, autocast)
+    lighten(args, autocast, policy, reference, critic, *(model for _, model in rewards))
     peaks = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
     groups = [{"params": list(model.parameters()), "peak": peaks[name]} for name, model in models.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -339,11 +337,6 @@ def main(args: Args) -> dict:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 num_steps += 1
-        norms = [torch.nn.utils.get_total_norm(model.parameters()) for model in models.values()]
-        sizes = [full(norm).item() for norm in norms]
-        if not math.isfinite(sum(sizes)):
-            fail(f"step {update + 1}: the weights' norms are {sizes}: lower --learning-rate or "
-                 f"--critic-learning-rate; the last checkpoint, if any, is in {run.file.parent}")
         if args.target_kl:
             kl_coef = adapted_kl_coef(
                 kl_coef, metrics["objective/kl"], args.target_kl, num_episodes, args.kl_horizon)

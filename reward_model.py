@@ -88,7 +88,6 @@ def plackett_luce_loss(rewards, ranking):
 
     Ties: the mean over every order of the tied ones, as mu = 1/2 is for a pair. At a choice among the tied,
     all their subsets of one size are equally likely to be left, together with all that rank below.
-
     Args: rewards (K,); ranking: K numbers, 1 the best and equal ones a tie. Returns: a scalar, nats.
     """
     loss = -rewards.sum()
@@ -109,7 +108,6 @@ def calibration(margins, mu, bins=10):
     The confidence sigma(|r_i - r_j|), from 0.5 to 1, is cut into equal bins; in each, the mean confidence is
     compared with the accuracy, the share of votes for the side with the larger reward. Their mean distance,
     weighted with the numbers of pairs, is the expected calibration error.
-
     Args: margins r_i - r_j and mu: (M,) each. Returns: [(pairs, mean confidence, accuracy), ...] and ECE."""
     confidence = torch.sigmoid(margins.abs())
     votes = 0.5 + (mu - 0.5) * margins.sign()
@@ -174,22 +172,19 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
 def collate(comparisons, device):
     """The N completions of B comparisons, padded on the right: input_ids (N, T), last (N, T) True at each
     row's last token; and their M pairs: first and second (M,) as rows, mu (M,), owner (M,) the comparison."""
-    rows, pairs, votes = [], [], []
+    rows, pairs = [], []
     for owner, (completions, _, own_pairs, _) in enumerate(comparisons):
         start = len(rows)
-        pairs += [(start + i, start + j, owner) for i, j, _ in own_pairs]
-        votes += [mu for *_, mu in own_pairs]
+        pairs += [(start + i, start + j, mu, owner) for i, j, mu in own_pairs]
         rows += completions
     last = pad([[False] * (len(ids) - 1) + [True] for ids in rows], device, False)
-    pairs = torch.tensor(pairs, dtype=torch.long).view(-1, 3)
-    mu = torch.tensor(votes, dtype=torch.get_default_dtype())
-    first, second, owner = to_device(pairs, device).unbind(1)
-    return pad(rows, device), last, first, second, to_device(mu, device), owner
+    pairs = to_device(torch.tensor(pairs, dtype=torch.float64).view(-1, 4), device)
+    first, second, owner = pairs[:, [0, 1, 3]].long().unbind(1)
+    return pad(rows, device), last, first, second, pairs[:, 2].to(torch.get_default_dtype()), owner
 
 
 def load_reward_model(name, args, device):
     """(model, tokenizer, eos_ids): one label read at the row's end; a new head unless the folder has one.
-
     Others look for the last token that is not padding, so a pad token that is an EOS is replaced."""
     flag = "--score needs a reward model," if args.score else "--model"
     new_head = "" if args.score else "score.weight"  # a random head is for training only
@@ -293,14 +288,12 @@ def main(args: Args) -> dict:
     train = load_comparisons(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_comparisons(tokenizer, held_out_rows, eos_ids, args.max_length)
     check_model(model, [ids for completions, *_ in train + held_out for ids in completions])
-    lighten(model, args, autocast)
+    lighten(args, autocast, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if 0 < num_steps < 20:
-        print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
 
     def report(step):
         metrics, samples, table = evaluate(model, tokenizer, held_out, args, autocast)

@@ -115,14 +115,12 @@ def main(args: Args) -> dict:
     train = list(filter(None, encode(tokenizer, train_rows, eos_ids, args.max_length)))  # None was dropped
     held_out = list(filter(None, encode(tokenizer, held_out_rows, eos_ids, args.max_length)))
     check_model(model, [ids for ids, _ in train + held_out])
-    lighten(model, args, autocast)
+    lighten(args, autocast, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     num_steps = steps_per_epoch * args.num_train_epochs
     print(f"{len(train)} rows, {len(held_out)} held out, {num_steps} steps, "
           f"{model.num_parameters():,} parameters on {device}")
-    if 0 < num_steps < 20:
-        print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
 
     def report(step):
         metrics, samples = evaluate(model, tokenizer, held_out, eos_ids, args, autocast)

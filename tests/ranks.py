@@ -2,10 +2,12 @@
 
     python tests/ranks.py N jobs.json
 
-jobs.json: a list of {"script": "dpo", "flags": {...}, "stop": 0}. After the step `stop` the last rank gets SIGTERM.
-Each process has the environment that torchrun would give it, and runs the jobs one after the other.
+jobs.json: a list of {"script": "dpo", "flags": {...}, "stop": 0, "kill": -1}. After the step `stop` the last rank gets
+SIGTERM; after the second step the rank `kill` is killed. Each process has the environment that torchrun would give it,
+and runs the jobs one after the other; the last line printed has their exit codes.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -16,17 +18,12 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-import common
-import dpo
-import grpo
-import ppo
-import reward_model
-import sft
-
-SCRIPTS = {module.__name__: module for module in (sft, dpo, reward_model, ppo, grpo)}
+common, *MODULES = map(importlib.import_module, ("common", "sft", "dpo", "reward_model", "ppo", "grpo"))
+SCRIPTS = {module.__name__: module for module in MODULES}
 
 
-def run(job, is_last):
+def run(job, rank, is_last):
+    """One job on this rank."""
     module, number = SCRIPTS[job["script"]], job.get("stop", 0)
     log = common.Run.log
 
@@ -34,6 +31,8 @@ def run(job, is_last):
         log(self, step, metrics, samples)
         if is_last and step == number > 0 and "learning_rate" in metrics:
             os.kill(os.getpid(), signal.SIGTERM)
+        if rank == job.get("kill", -1) and step > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     common.Run.log = log_and_stop
     try:
@@ -60,11 +59,12 @@ def main(world, jobs):
                 os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world),
                                "RANK": str(rank), "LOCAL_RANK": str(rank)}
             for job in jobs:
-                run(job, rank == world - 1)
+                run(job, rank, rank == world - 1)
             sys.exit(0)
         children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(f"\n{codes}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())))
+    main(int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

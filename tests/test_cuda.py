@@ -48,10 +48,13 @@ def test_device_and_dtype(monkeypatch, available, device, dtype, want, bfloat16)
     """auto is CUDA where there is one, and bf16 there; each can be chosen."""
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (50 << 30, 80 << 30))
+    monkeypatch.setitem(common.KEEP_BYTES, "cuda", 0)
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: asked.append((kind, dtype, enabled)))
     found, autocast = device_of(SimpleNamespace(device=device, dtype=dtype))
     autocast()
     assert found == torch.device(want) and asked == [(want, torch.bfloat16, bfloat16)]
+    assert common.KEEP_BYTES["cuda"] == (5 << 30 if want == "cuda" else 0)  # a tenth of what is free
 
 
 def test_attention_is_not_planned_anew_for_each_shape():

@@ -574,7 +574,7 @@ def test_unfinished_rows_pay_and_masks_come_from_lengths(model, monkeypatch):
     """EOS early, EOS in the last slot, no EOS, another EOS of several, and the padding's id within a text."""
     rows = [[9, 2], [9, 8, 7, 6, 2], [9, 8, 2 + 1, 7, 6], [5, 60], [0, 9, 0, 2]]
     prompts = [[4], [5, 6], [7], [8, 9, 10], [11]]
-    monkeypatch.setattr(common, "sample", lambda policy, prompts, *_: make_batch(prompts, rows))
+    monkeypatch.setattr(common, "sample", lambda policy, prompts, *_, **__: make_batch(prompts, rows))
     seen = {}
 
     def reward(data, prompts, responses):
@@ -917,6 +917,7 @@ def canned(double, tiny, monkeypatch):
         monkeypatch.setattr(grpo, "load_reward", lambda *_: (None, None))
         monkeypatch.setattr(grpo, "load_prompts", lambda *_: prompts)
         monkeypatch.setattr(grpo, "copy", SimpleNamespace(deepcopy=lambda _: torch.nn.Identity()))  # never used
+        monkeypatch.setattr(grpo, "lighten", lambda *_: None)
         monkeypatch.setattr(grpo, "Run", NoFolder)
         monkeypatch.setattr(grpo, "rollout", rollout)
         trained.clear()

@@ -590,7 +590,7 @@ def count_tokens(row) -> int:
 
 # ---- Flags that matter, and those that must not ----
 
-INERT = {"output_dir", "resume", "micro_batch_size", "save_every", "device", "gradient_checkpointing", "track",
+INERT = {"output_dir", "resume", "micro_batch_size", "save_every", "device", "gradient_checkpointing", "shard", "track",
          "wandb_project_name", "score"}  # must not change a number of training; each has a test of its own
 OPTIONS = {  # another value of each other flag than that of the tiny runs
     "model": "run2/model", "reward": "reward2/model", "dataset": "_other.jsonl", "eval_dataset": "_other.jsonl",
@@ -602,7 +602,7 @@ OPTIONS = {  # another value of each other flag than that of the tiny runs
     "clip_coef_value": 1e-3, "norm_adv": False, "missing_eos_penalty": 3.0, "eval_every": 1,
     "eval_samples": 1, "dtype": "bfloat16", "loss_type": "ipo", "num_generations": 4, "reward_weights": (2.0,),
     "kl_in": "reward", "kl_estimator": "k2", "baseline": "leave_one_out", "scale_rewards": "none",
-    "drop_zero_std": True, "importance_sampling_level": "sequence", "clip_coef_high": 1e-3}
+    "lora_rank": 2, "drop_zero_std": True, "importance_sampling_level": "sequence", "clip_coef_high": 1e-3}
 
 
 def option(script, flag, starts):
