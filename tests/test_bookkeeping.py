@@ -467,21 +467,46 @@ def test_critic_of_the_policy(go, starts, rewards, model):
 # ---- Groups and several rewards ----
 
 
-@scripts("grpo")
+@scripts("ppo", "grpo")
 @pytest.mark.parametrize("weights", [(), (2.0, -0.5)], ids=["sum", "weighted"])
 def test_reward_is_the_weighted_sum(script, go, starts, many_ends, weights):
     """Less the penalty, which no weight scales; each one's own mean is logged too, as it is."""
     specs = reward_specs(script, starts, "rewards.py:good", "reward1/model")
     run = go("run", model=many_ends, **specs, reward_weights=weights, missing_eos_penalty=3.0, eval_every=1,
              max_new_tokens=4)
-    used = weights or (1.0, 1.0)
+    used, shares = weights or (1.0, 1.0), []
     for row in read(run / "metrics.jsonl"):
-        prefix = "" if "loss" in row else "eval/"
+        prefix = "" if "learning_rate" in row else "eval/"
         good, model = (row[f"{prefix}rewards/{short(spec)}"] for spec in specs["reward"])
         cut_off = 1 - row[f"{prefix}completions/eos_rate"]
         want = used[0] * good + used[1] * model - 3 * cut_off
         assert row[f"{prefix}{script.score_metric}"] == pytest.approx(want, abs=1e-5)
-        assert 0 < cut_off < 1 and 0 < good <= 4 and abs(model) > 1e-3
+        assert 0 < good <= 4 and abs(model) > 1e-3
+        shares.append(cut_off)
+    assert 0 < statistics.fmean(shares) < 1
+
+
+@scripts("ppo", "grpo")
+@pytest.mark.parametrize("spec", ["rewards.py:good", "reward1/model"], ids=["function", "model"])
+def test_a_watched_reward_changes_nothing(script, go, starts, spec):
+    """With weight 0 the second reward is in the log, and all else, weights and critic included, is what it is
+    without it, bit for bit.
+    """
+    one = reward_specs(script, starts, spec)
+    two = reward_specs(script, starts, spec, "rewards.py:odd")
+    alone, watched = go("alone", **one, eval_every=1), go("watched", **two, reward_weights=(1.0, 0.0), eval_every=1)
+    names = {f"{prefix}rewards/{short(spec)}" for spec in two["reward"] for prefix in ("", "eval/")}
+    seen, rows = set(), []
+    for row in timeless(read(watched / "metrics.jsonl")):
+        both = [row[name] for name in sorted(names) if name in row]
+        assert len(both) == 2 and both[0] != both[1]
+        seen |= names & set(row)
+        rows.append({name: value for name, value in row.items() if name not in names})
+    assert seen == names and rows == timeless(read(alone / "metrics.jsonl"))
+    assert (watched / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
+    for part in script.parts:
+        before, after = (load_file(run / part / "model.safetensors") for run in (alone, watched))
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 ABSENT = """

@@ -162,6 +162,21 @@ def test_the_number_of_mutants():
     assert f"{len(mutants.load()[0])} known bugs" in TEXTS["tests/README.md"]
 
 
+def rows_of_the_lectures() -> dict[str, str]:
+    """number -> the rest of its row in the table of claims."""
+    section = TEXTS["tests/README.md"].partition("## The lectures, claim by claim")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| (A?\d+b?) \| (.*) \|$", section, re.M))
+
+
+def test_each_claim_of_the_lectures_has_its_code_and_its_test():
+    """All 62 items of the lectures and 10 remarks: a link in the last column, or the file that will measure it."""
+    rows = rows_of_the_lectures()
+    assert set(rows) >= {str(n) for n in range(1, 63)} | {"5b"} | {f"A{n}" for n in range(1, 11)}
+    for number, row in rows.items():
+        shown = row.split(" | ")[-1]
+        assert LINK.search(shown) or "benchmarks/" in shown or number == "8", row
+
+
 # ---- python tests/test_readme.py ----
 
 
