@@ -77,20 +77,20 @@ class Experiment:
     reward: str = ""  # the experiment whose reward model is the reward
 
 
-POLITE = Slice("polite_1100", 10**6, 480, 113)
-HARMLESS = Slice("hh_harmless", 500, 320, 86)
+POLITE = Slice("polite_1100", 10**6, 320, 113)
+HARMLESS = Slice("hh_harmless", 500, 240, 230)
 STORIES = Slice("tinystories_pref", 10**6, 240, 160)
 LEARN = {"learning_rate": 1e-4, "batch_size": 16, "micro_batch_size": 16, "eval_every": 0, "save_every": 0}
 EXPERIMENTS = {
     "reward_polite": Experiment("reward_model.py", POLITE, LEARN),
     "dpo_polite": Experiment("dpo.py", POLITE, {
         **LEARN, "learning_rate": 3e-5, "beta": 0.1, "eval_samples": 8, "max_new_tokens": 40}),
-    "reward_harmless": Experiment("reward_model.py", HARMLESS, LEARN),
-    "reward_stories": Experiment("reward_model.py", STORIES, LEARN),
     "grpo_sums": Experiment("grpo.py", None, {
         "reward": "data/gsm8k_reward.py:lenient", "kl_coef": 0, "learning_rate": 2e-5, "batch_size": 64,
         "micro_batch_size": 64, "num_generations": 16, "max_new_tokens": 12, "total_episodes": 896,
         "eval_every": 0, "eval_samples": 136, "save_every": 0}),
+    "reward_harmless": Experiment("reward_model.py", HARMLESS, LEARN),
+    "reward_stories": Experiment("reward_model.py", STORIES, LEARN),
     "ppo_stories": Experiment("ppo.py", STORIES, {
         "kl_coef": 0.05, "learning_rate": 1e-5, "critic_learning_rate": 2e-5, "batch_size": 16,
         "num_minibatches": 2, "update_epochs": 1, "micro_batch_size": 16, "max_new_tokens": 24,

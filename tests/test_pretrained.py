@@ -9,7 +9,7 @@ import pretrained
 import pytest
 import torch
 from conftest import ROOT
-from tiny_runs import PAIR, write
+from tiny_runs import PAIR, copy_model, numbers, write
 
 RESULT = ROOT / "benchmarks" / "results" / "pretrained.json"
 TEXT = (ROOT / "benchmarks" / "README.md").read_text()
@@ -74,7 +74,8 @@ def test_the_fit_is_the_minimum():
 
 def test_the_baseline_finds_what_words_say_and_no_more():
     draw = random.Random(0)
-    noise = lambda: " ".join(draw.choices("abcdefghij", k=5))
+    syllables = [a + b for a in "abcdefghijklmnop" for b in "aeiou"]  # enough to learn 200 rows by heart
+    noise = lambda: " ".join(draw.choices(syllables, k=5))
     telling = [pair(f"{noise()} please", f"{noise()} damn") for _ in range(200)]
     blind = [pair(noise(), noise()) for _ in range(400)]
     assert pretrained.linear_baseline(telling[:100], telling[100:]) == 1
@@ -109,6 +110,15 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
     assert "dpo_rude" in capsys.readouterr().err
 
 
+def test_a_pad_token_that_is_the_eos_changes_no_figure(go, whole, starts, tmp_path):
+    """As in SmolLM2. In each script, of reward_model.py too, which gives its model another pad token."""
+    config = json.loads((starts / "run1" / "model" / "tokenizer_config.json").read_text())
+    assert config["pad_token"] != config["eos_token"]
+    config["pad_token"] = config["eos_token"]
+    start = copy_model(starts, tmp_path / "start", tokenizer_config__json=json.dumps(config).encode())
+    assert numbers(go("run", model=str(start))) == numbers(whole(model=str(starts / "run1" / "model")))
+
+
 # ---- Runs ----
 
 
@@ -140,7 +150,7 @@ def test_commands_are_those_of_a_reader(tmp_path):
 
 
 @pytest.fixture
-def finished(starts, tmp_path, monkeypatch):
+def measured(starts, tmp_path, monkeypatch):
     """A benchmark of one reward model, on the embedded world: its arguments, after a first run."""
     part = pretrained.Slice("world", 10**6, 8, 4)
     flags = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "eval_every": 0}
@@ -155,8 +165,8 @@ def finished(starts, tmp_path, monkeypatch):
     return args, pretrained.main(args)
 
 
-def test_a_run_is_made_once_and_measured(finished, monkeypatch, capsys):
-    args, result = finished
+def test_a_run_is_made_once_and_measured(measured, monkeypatch, capsys):
+    args, result = measured
     (name, row), = result["experiments"].items()
     assert name == "tiny" and row["train_rows"] == 8 and row["test_rows"] == 4
     assert row["low"] < row["accuracy"] < row["high"] or row["accuracy"] in (row["low"], row["high"])
