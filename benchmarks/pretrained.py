@@ -23,9 +23,11 @@ repository: an experiment whose files are absent is skipped with a reason. Runs 
 import collections
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -97,7 +99,9 @@ EXPERIMENTS = {
         "missing_eos_penalty": 0, "total_episodes": 320, "eval_every": 0, "eval_samples": 64,
         "save_every": 0}, reward="reward_stories"),
 }  # fmt: skip
-ACCURACY = {"reward_model.py": "eval/accuracy", "dpo.py": "eval/rewards/accuracies"}
+ACCURACY = {"reward_model.py": "eval/accuracy", "dpo.py": "eval/rewards/accuracies"}  # in metrics.jsonl
+REWARD = {"grpo.py": "reward", "ppo.py": "score"}  # in samples.jsonl
+KL = {"grpo.py": "eval/kl", "ppo.py": "eval/objective/kl"}  # in metrics.jsonl
 
 
 def take_slice(rows: list[dict], longest: int, number: int) -> list[dict]:
@@ -264,6 +268,15 @@ def first_and_last(file: Path) -> tuple[list[dict], list[dict]]:
     return [row for row in rows if row["step"] == 0], [row for row in rows if row["step"] == last]
 
 
+def mean_and_error(samples: list[dict], column: str) -> tuple[float, float]:
+    """Mean over the prompts of each one's mean, and its standard error over prompts."""
+    values = {}
+    for sample in samples:
+        values.setdefault(sample["prompt"], []).append(sample[column])
+    means = [statistics.mean(x) for x in values.values()]
+    return statistics.mean(means), statistics.stdev(means) / math.sqrt(len(means))
+
+
 def verdict(low: float, high: float, baseline: float) -> str:
     """Where an interval lies; the baseline, measured on the same rows, is taken as it is."""
     if low > baseline:
@@ -276,7 +289,8 @@ def result_of(name: str, train: list[dict], test: list[dict], folder: Path) -> d
     experiment, output = EXPERIMENTS[name], folder / name
     result = {"train_rows": len(train), "test_rows": len(test)}
     result |= json.loads((output / "cost.json").read_text())
-    (before, *_), (after, *_) = first_and_last(output / "metrics.jsonl")
+    first, last = first_and_last(output / "metrics.jsonl")
+    before, after = first[0], last[0]
     result |= {"before": before, "after": after}
     if key := ACCURACY.get(experiment.script):
         low, high = wilson(after[key], len(test))
@@ -289,11 +303,23 @@ def result_of(name: str, train: list[dict], test: list[dict], folder: Path) -> d
         for old, new in list(zip(first, last))[:8]:
             samples.append({"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]})
         result["samples"] = samples
+    if column := REWARD.get(experiment.script):
+        result |= {"reward_before": mean_and_error(first, column), "reward": mean_and_error(last, column),
+                   "kl": after[KL[experiment.script]]}  # fmt: skip
+        for metric in after:
+            if metric.endswith(("mean_length", "eos_rate")):
+                result[metric.rpartition("/")[2]] = [before[metric], after[metric]]
     return result
 
 
 def cells_of(row: dict) -> list[str]:
-    """Of the table of accuracies: rows, before, after with its interval, baseline, verdict, CPU minutes."""
+    """Of the table of accuracies: rows, before, after with its interval, baseline, verdict, CPU minutes; of
+    that of rewards: before, after, KL, tokens of a response and share of those with an EOS, CPU minutes."""
+    if "reward" in row:
+        rewards = [f"{mean:.3f} ± {error:.3f}" for mean, error in (row["reward_before"], row["reward"])]
+        change = " → ".join(f"{x:.1f}" for x in row["mean_length"])
+        ends = " → ".join(f"{x:.2f}" for x in row["eos_rate"])
+        return [*rewards, f"{row['kl']:.2f}", change, ends, f"{row['cpu_seconds'] / 60:.1f}"]
     return [
         f"{row['train_rows']}, {row['test_rows']}", f"{row['accuracy_before']:.3f}",
         f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})", f"{row['baseline']:.3f}",
@@ -330,17 +356,19 @@ def main(args: Args) -> dict:
 
 
 def show(experiments: dict) -> None:
-    """The table of accuracies, then what the others measured before and after."""
-    print("experiment        rows           before  after (95 %)            linear  verdict        CPU min")
+    """The table of accuracies, then that of rewards, and samples."""
+    print("experiment        rows      before  after (95 %)            linear  verdict        CPU min")
     for name, row in experiments.items():
         if "accuracy" in row:
             rows, before, after, baseline, where, minutes = cells_of(row)
-            print(f"{name:17} {rows:14} {before:7} {after:23} {baseline:7} {where:14} {minutes}")
+            print(f"{name:17} {rows:9} {before:7} {after:23} {baseline:7} {where:14} {minutes}")
+    print("experiment        reward before    after            KL     tokens        EOS           CPU min")
     for name, row in experiments.items():
-        if "accuracy" not in row:
-            print(f"{name}: {row['cpu_seconds'] / 60:.1f} CPU minutes")
-            for key, value in row["after"].items():
-                print(f"  {key:32} {row['before'].get(key, 0):10.4f} -> {value:10.4f}")
+        if "reward" in row:
+            before, after, kl, tokens, ends, minutes = cells_of(row)
+            print(f"{name:17} {before:16} {after:16} {kl:6} {tokens:13} {ends:13} {minutes}")
+    for name, row in experiments.items():
+        print(f"{name}: {row['command']}")
         for sample in row.get("samples", [])[:3]:
             print(f"  {sample['prompt'][-70:]!r}\n    before {sample['before'][:90]!r}\n"
                   f"    after  {sample['after'][:90]!r}")
