@@ -31,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -93,11 +93,11 @@ EXPERIMENTS = {
         "eval_every": 0, "eval_samples": 136, "save_every": 0}),
     "reward_harmless": Experiment("reward_model.py", HARMLESS, LEARN),
     "reward_stories": Experiment("reward_model.py", STORIES, LEARN),
-    "ppo_stories": Experiment("ppo.py", STORIES, {
-        "kl_coef": 0.05, "learning_rate": 1e-5, "critic_learning_rate": 2e-5, "batch_size": 16,
-        "num_minibatches": 2, "update_epochs": 1, "micro_batch_size": 16, "max_new_tokens": 24,
-        "missing_eos_penalty": 0, "total_episodes": 320, "eval_every": 0, "eval_samples": 64,
-        "save_every": 0}, reward="reward_stories"),
+    "ppo_polite": Experiment("ppo.py", POLITE, {
+        "kl_coef": 0.05, "learning_rate": 2e-5, "critic_learning_rate": 5e-5, "batch_size": 16,
+        "num_minibatches": 2, "update_epochs": 1, "micro_batch_size": 16, "max_new_tokens": 20,
+        "missing_eos_penalty": 0, "total_episodes": 256, "eval_every": 0, "eval_samples": 56,
+        "save_every": 0}, reward="reward_polite"),
 }  # fmt: skip
 ACCURACY = {"reward_model.py": "eval/accuracy", "dpo.py": "eval/rewards/accuracies"}  # in metrics.jsonl
 REWARD = {"grpo.py": "reward", "ppo.py": "score"}  # in samples.jsonl
@@ -136,6 +136,14 @@ def rows_of(experiment: Experiment, data: Path) -> tuple[list[dict], list[dict]]
             raise FileNotFoundError(f"{file} is absent")
         both.append(take_slice(read_rows(str(file)), part.longest, number))
     return both[0], both[1]
+
+
+def every_row(experiment: Experiment, data: Path) -> list[dict]:
+    """All rows of the training file."""
+    if experiment.rows is None:
+        return sums()[0]
+    whole = replace(experiment.rows, longest=10**6, train=10**6)
+    return rows_of(replace(experiment, rows=whole), data)[0]
 
 
 # ---- The linear model ----
@@ -284,8 +292,9 @@ def verdict(low: float, high: float, baseline: float) -> str:
     return "below" if high < baseline else "not separated"
 
 
-def result_of(name: str, train: list[dict], test: list[dict], folder: Path) -> dict:
-    """What a finished run measured, before and after, and its accuracy beside the linear model's."""
+def result_of(name: str, train: list[dict], test: list[dict], every: list[dict], folder: Path) -> dict:
+    """What a finished run measured, before and after; its accuracy beside those of linear models that learned
+    from the same rows, and from every training row of the file."""
     experiment, output = EXPERIMENTS[name], folder / name
     result = {"train_rows": len(train), "test_rows": len(test)}
     result |= json.loads((output / "cost.json").read_text())
@@ -297,6 +306,7 @@ def result_of(name: str, train: list[dict], test: list[dict], folder: Path) -> d
         baseline = linear_baseline(train, test)
         result |= {"accuracy_before": before[key], "accuracy": after[key], "low": low, "high": high,
                    "baseline": baseline, "verdict": verdict(low, high, baseline)}  # fmt: skip
+        result |= {"every_row": len(every), "baseline_of_every_row": linear_baseline(every, test)}
     if experiment.script != "reward_model.py":
         first, last = first_and_last(output / "samples.jsonl")
         samples = []
@@ -313,8 +323,10 @@ def result_of(name: str, train: list[dict], test: list[dict], folder: Path) -> d
 
 
 def cells_of(row: dict) -> list[str]:
-    """Of the table of accuracies: rows, before, after with its interval, baseline, verdict, CPU minutes; of
-    that of rewards: before, after, KL, tokens of a response and share of those with an EOS, CPU minutes."""
+    """Of the table of accuracies: rows, before, after with its interval, linear model, verdict, linear model
+    of every row, CPU minutes. Of the table of rewards: before, after, KL, tokens of a response, share of
+    responses with an EOS, CPU minutes.
+    """
     if "reward" in row:
         rewards = [f"{mean:.3f} ± {error:.3f}" for mean, error in (row["reward_before"], row["reward"])]
         change = " → ".join(f"{x:.1f}" for x in row["mean_length"])
@@ -323,7 +335,8 @@ def cells_of(row: dict) -> list[str]:
     return [
         f"{row['train_rows']}, {row['test_rows']}", f"{row['accuracy_before']:.3f}",
         f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})", f"{row['baseline']:.3f}",
-        row["verdict"], f"{row['cpu_seconds'] / 60:.1f}"]  # fmt: skip
+        row["verdict"], f"{row['baseline_of_every_row']:.3f} ({row['every_row']})",
+        f"{row['cpu_seconds'] / 60:.1f}"]  # fmt: skip
 
 
 def main(args: Args) -> dict:
@@ -336,8 +349,13 @@ def main(args: Args) -> dict:
     if args.output and Path(args.output).exists():
         result["experiments"] = json.loads(Path(args.output).read_text())["experiments"]
     for name in args.only or EXPERIMENTS:
+        experiment = EXPERIMENTS[name]
+        if experiment.reward and not (folder / experiment.reward / "cost.json").exists():
+            print(f"{name}: skipped: it needs {experiment.reward}")
+            continue
         try:
-            train, test = rows_of(EXPERIMENTS[name], data)
+            train, test = rows_of(experiment, data)
+            every = every_row(experiment, data)
         except FileNotFoundError as error:
             print(f"{name}: skipped: {error}")
             continue
@@ -348,7 +366,7 @@ def main(args: Args) -> dict:
         print(f"{name}: {' '.join(command)}", flush=True)
         run(name, command, folder)
         shown = " ".join(command_of(name, "SmolLM2", Path("runs/pretrained")))
-        result["experiments"][name] = {"command": shown, **result_of(name, train, test, folder)}
+        result["experiments"][name] = {"command": shown, **result_of(name, train, test, every, folder)}
         if args.output:
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     show(result["experiments"])
@@ -357,11 +375,12 @@ def main(args: Args) -> dict:
 
 def show(experiments: dict) -> None:
     """The table of accuracies, then that of rewards, and samples."""
-    print("experiment        rows      before  after (95 %)            linear  verdict        CPU min")
+    print("experiment        rows      before  after (95 %)            linear  verdict        of every row  "
+          "CPU min")
     for name, row in experiments.items():
         if "accuracy" in row:
-            rows, before, after, baseline, where, minutes = cells_of(row)
-            print(f"{name:17} {rows:9} {before:7} {after:23} {baseline:7} {where:14} {minutes}")
+            rows, before, after, baseline, where, every, minutes = cells_of(row)
+            print(f"{name:17} {rows:9} {before:7} {after:23} {baseline:7} {where:14} {every:13} {minutes}")
     print("experiment        reward before    after            KL     tokens        EOS           CPU min")
     for name, row in experiments.items():
         if "reward" in row:

@@ -46,6 +46,7 @@ def test_rows_come_from_files_or_are_missed(tmp_path):
         write(tmp_path / f"few.{split}.jsonl", [pair(split[:2], letter) for letter in "abc"])
     train, test = pretrained.rows_of(experiment, tmp_path)
     assert train == [pair("tr", "a"), pair("tr", "b")] and test == [pair("te", "a")]
+    assert pretrained.every_row(experiment, tmp_path) == [*train, pair("tr", "c")]
 
 
 # ---- The linear model ----
@@ -163,7 +164,8 @@ def measured(starts, tmp_path, monkeypatch):
     flags = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "eval_every": 0}
     monkeypatch.setattr(pretrained, "EXPERIMENTS", {
         "tiny": pretrained.Experiment("reward_model.py", part, flags),
-        "absent": pretrained.Experiment("dpo.py", pretrained.Slice("nowhere", 9, 9, 9), {})})
+        "absent": pretrained.Experiment("dpo.py", pretrained.Slice("nowhere", 9, 9, 9), {}),
+        "early": pretrained.Experiment("ppo.py", part, {}, reward="absent")})
     for split in ("train", "test"):
         write(tmp_path / f"world.{split}.jsonl", [PAIR, {**PAIR, "chosen": " it was good ."}] * 5)
     args = pretrained.Args(
@@ -177,12 +179,14 @@ def test_a_run_is_made_once_and_measured(measured, monkeypatch, capsys):
     (name, row), = result["experiments"].items()
     assert name == "tiny" and row["train_rows"] == 8 and row["test_rows"] == 4
     assert row["low"] < row["accuracy"] < row["high"] or row["accuracy"] in (row["low"], row["high"])
-    assert row["baseline"] == 1 and row["cpu_seconds"] > 1 and 0.1 < row["peak_gib"] < 4
+    assert row["baseline"] == row["baseline_of_every_row"] == 1 and row["every_row"] == 10
+    assert row["cpu_seconds"] > 1 and 0.1 < row["peak_gib"] < 4
     assert row["accuracy"] == row["after"]["eval/accuracy"] and row["before"]["step"] == 0
     assert json.loads(open(args.output).read()) == result
     monkeypatch.setattr(sys, "executable", "/nowhere")  # nothing runs again
     assert pretrained.main(args) == result
-    assert "absent: skipped" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "absent: skipped" in shown and "early: skipped: it needs absent" in shown
 
 
 # ---- The README ----
