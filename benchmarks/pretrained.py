@@ -88,9 +88,9 @@ EXPERIMENTS = {
     "dpo_polite": Experiment("dpo.py", POLITE, {
         **LEARN, "learning_rate": 3e-5, "beta": 0.1, "eval_samples": 8, "max_new_tokens": 40}),
     "grpo_sums": Experiment("grpo.py", None, {
-        "reward": "data/gsm8k_reward.py:lenient", "kl_coef": 0, "learning_rate": 2e-5, "batch_size": 64,
-        "micro_batch_size": 64, "num_generations": 16, "max_new_tokens": 12, "total_episodes": 896,
-        "eval_every": 0, "eval_samples": 136, "save_every": 0}),
+        "reward": "data/gsm8k_reward.py:lenient", "kl_coef": 0, "learning_rate": 3e-5, "batch_size": 64,
+        "micro_batch_size": 64, "num_generations": 16, "max_new_tokens": 12, "total_episodes": 512,
+        "eval_every": 0, "eval_samples": 102, "save_every": 0}),
     "reward_harmless": Experiment("reward_model.py", HARMLESS, LEARN),
     "reward_stories": Experiment("reward_model.py", STORIES, LEARN),
     "ppo_polite": Experiment("ppo.py", POLITE, {
@@ -374,23 +374,20 @@ def main(args: Args) -> dict:
 
 
 def show(experiments: dict) -> None:
-    """The table of accuracies, then that of rewards, and samples."""
-    print("experiment        rows      before  after (95 %)            linear  verdict        of every row  "
-          "CPU min")
-    for name, row in experiments.items():
-        if "accuracy" in row:
-            rows, before, after, baseline, where, every, minutes = cells_of(row)
-            print(f"{name:17} {rows:9} {before:7} {after:23} {baseline:7} {where:14} {every:13} {minutes}")
-    print("experiment        reward before    after            KL     tokens        EOS           CPU min")
-    for name, row in experiments.items():
-        if "reward" in row:
-            before, after, kl, tokens, ends, minutes = cells_of(row)
-            print(f"{name:17} {before:16} {after:16} {kl:6} {tokens:13} {ends:13} {minutes}")
+    """The commands and the first samples of each experiment, then the two tables of benchmarks/README.md."""
     for name, row in experiments.items():
         print(f"{name}: {row['command']}")
         for sample in row.get("samples", [])[:3]:
             print(f"  {sample['prompt'][-70:]!r}\n    before {sample['before'][:90]!r}\n"
                   f"    after  {sample['after'][:90]!r}")
+    tables = {
+        "accuracy": "rows, held out | before | after (95 %) | linear | verdict | of every row | CPU min",
+        "reward": "reward before | after | KL | tokens | with an EOS | CPU min"}
+    for key, columns in tables.items():
+        print(f"\n| experiment | {columns} |\n|{'---|' * (2 + columns.count('|'))}")
+        for name, row in experiments.items():
+            if key in row:
+                print(f"| {' | '.join([name, *cells_of(row)])} |")
 
 
 if __name__ == "__main__":
