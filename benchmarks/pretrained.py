@@ -80,8 +80,8 @@ class Experiment:
 
 
 POLITE = Slice("polite_1100", 10**6, 320, 113)
-HARMLESS = Slice("hh_harmless", 500, 240, 230)
-STORIES = Slice("tinystories_pref", 10**6, 240, 160)
+HARMLESS = Slice("hh_harmless", 500, 160, 230)
+STORIES = Slice("tinystories_pref", 10**6, 160, 160)
 LEARN = {"learning_rate": 1e-4, "batch_size": 16, "micro_batch_size": 16, "eval_every": 0, "save_every": 0}
 EXPERIMENTS = {
     "reward_polite": Experiment("reward_model.py", POLITE, LEARN),
@@ -94,14 +94,15 @@ EXPERIMENTS = {
     "reward_harmless": Experiment("reward_model.py", HARMLESS, LEARN),
     "reward_stories": Experiment("reward_model.py", STORIES, LEARN),
     "ppo_polite": Experiment("ppo.py", POLITE, {
-        "kl_coef": 0.05, "learning_rate": 2e-5, "critic_learning_rate": 5e-5, "batch_size": 16,
+        "kl_coef": 0.05, "learning_rate": 3e-5, "critic_learning_rate": 1e-4, "batch_size": 16,
         "num_minibatches": 2, "update_epochs": 1, "micro_batch_size": 16, "max_new_tokens": 20,
-        "missing_eos_penalty": 0, "total_episodes": 256, "eval_every": 0, "eval_samples": 56,
+        "missing_eos_penalty": 0, "total_episodes": 128, "eval_every": 0, "eval_samples": 40,
         "save_every": 0}, reward="reward_polite"),
 }  # fmt: skip
 ACCURACY = {"reward_model.py": "eval/accuracy", "dpo.py": "eval/rewards/accuracies"}  # in metrics.jsonl
-REWARD = {"grpo.py": "reward", "ppo.py": "score"}  # in samples.jsonl
-KL = {"grpo.py": "eval/kl", "ppo.py": "eval/objective/kl"}  # in metrics.jsonl
+REWARD = {"grpo.py": "eval/reward", "ppo.py": "eval/objective/scores"}
+KL = {"grpo.py": "eval/kl", "ppo.py": "eval/objective/kl"}
+COLUMN = {"grpo.py": "reward", "ppo.py": "score"}  # in samples.jsonl
 
 
 def take_slice(rows: list[dict], longest: int, number: int) -> list[dict]:
@@ -276,13 +277,14 @@ def first_and_last(file: Path) -> tuple[list[dict], list[dict]]:
     return [row for row in rows if row["step"] == 0], [row for row in rows if row["step"] == last]
 
 
-def mean_and_error(samples: list[dict], column: str) -> tuple[float, float]:
-    """Mean over the prompts of each one's mean, and its standard error over prompts."""
+def standard_error(samples: list[dict], column: str) -> float:
+    """Of the mean, over prompts; a bound where, as in grpo.py's file, a prompt has fewer responses than were
+    averaged."""
     values = {}
     for sample in samples:
         values.setdefault(sample["prompt"], []).append(sample[column])
     means = [statistics.mean(x) for x in values.values()]
-    return statistics.mean(means), statistics.stdev(means) / math.sqrt(len(means))
+    return statistics.stdev(means) / math.sqrt(len(means))
 
 
 def verdict(low: float, high: float, baseline: float) -> str:
@@ -313,9 +315,11 @@ def result_of(name: str, train: list[dict], test: list[dict], every: list[dict],
         for old, new in list(zip(first, last))[:8]:
             samples.append({"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]})
         result["samples"] = samples
-    if column := REWARD.get(experiment.script):
-        result |= {"reward_before": mean_and_error(first, column), "reward": mean_and_error(last, column),
-                   "kl": after[KL[experiment.script]]}  # fmt: skip
+    if key := REWARD.get(experiment.script):
+        column = COLUMN[experiment.script]
+        result["reward_before"] = [before[key], standard_error(first, column)]
+        result["reward"] = [after[key], standard_error(last, column)]
+        result["kl"] = after[KL[experiment.script]]
         for metric in after:
             if metric.endswith(("mean_length", "eos_rate")):
                 result[metric.rpartition("/")[2]] = [before[metric], after[metric]]

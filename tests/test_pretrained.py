@@ -143,7 +143,7 @@ def test_errors_are_over_prompts():
     """Two prompts with means 1 and 3, whose responses are not alike: sd of 1 and 3 is sqrt 2."""
     rewards = [("a", 0.0), ("a", 2.0), ("b", 3.0), ("b", 2.0), ("b", 4.0)]
     samples = [{"prompt": prompt, "score": score} for prompt, score in rewards]
-    assert pretrained.mean_and_error(samples, "score") == pytest.approx((2.0, 1.0))
+    assert pretrained.standard_error(samples, "score") == pytest.approx(1.0)
 
 
 def test_commands_are_those_of_a_reader(tmp_path):
