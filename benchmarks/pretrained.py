@@ -369,8 +369,10 @@ def main(args: Args) -> dict:
         command = command_of(name, model, folder)
         print(f"{name}: {' '.join(command)}", flush=True)
         run(name, command, folder)
-        shown = " ".join(command_of(name, "SmolLM2", Path("runs/pretrained")))
-        result["experiments"][name] = {"command": shown, **result_of(name, train, test, every, folder)}
+        shown = " ".join(command_of(name, args.model or "runs/pretrained/smollm2", Path("runs/pretrained")))
+        row = {"command": shown, **result_of(name, train, test, every, folder)}
+        known = {**result["experiments"], name: row}
+        result["experiments"] = {name: known[name] for name in EXPERIMENTS if name in known}
         if args.output:
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     show(result["experiments"])

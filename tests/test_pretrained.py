@@ -202,3 +202,18 @@ def test_the_tables_are_those_of_the_results():
     assert set(rows) == set(experiments)
     for name, cells in rows.items():
         assert cells == pretrained.cells_of(experiments[name]), name
+
+
+def test_figures_in_the_text_are_those_of_the_results():
+    experiments = json.loads(RESULT.read_text())["experiments"]
+    section = " ".join(TEXT.partition("## A pretrained model")[2].split())
+    dpo, sums, harmless = (experiments[name] for name in ("dpo_polite", "grpo_sums", "reward_harmless"))
+    before, after = dpo["before"], dpo["after"]
+    assert f"at loss {before['eval/loss']:.4f} and accuracy {before['eval/rewards/accuracies']:.1f}" in section
+    assert f"at {after['eval/loss']:.3f} and {after['eval/rewards/accuracies']:.3f}, with a margin of" in section
+    assert f"margin of {after['eval/rewards/margins']:.2f}; `rewards/chosen` falls to" in section
+    assert f"falls to {after['eval/rewards/chosen']:.2f}." in section
+    first, last = sums["before"]["eval/pass_at_1"], sums["after"]["eval/pass_at_1"]
+    assert f"right answers from {first:.3f} to {last:.3f}" in section
+    first, last = harmless["before"]["eval/loss"], harmless["after"]["eval/loss"]
+    assert f"{harmless['accuracy']:.3f}, and the loss rises from {first:.3f} to {last:.3f}" in section
