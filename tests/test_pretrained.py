@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 
 import pretrained
@@ -33,9 +34,12 @@ def test_sums_have_each_sum_once_and_no_response_that_is_right_before_it_is_adde
     train, test = pretrained.sums()
     prompts = [row["prompt"][0]["content"] for row in train + test]
     assert len(set(prompts)) == len(prompts) == 81 and len(test) == 17
+    digits = lambda row: [int(x) for x in re.findall("[0-9]", row["prompt"][0]["content"])]
     for row in train + test:
-        a, b = (int(word.strip("?")) for word in row["prompt"][0]["content"].split() if word.strip("?").isdigit())
+        a, b = digits(row)
         assert row["answer"] == str(a + b) and str(b) != row["answer"] != str(a)
+    held_out = [digits(row) for row in test]
+    assert all([b, a] in held_out for a, b in held_out)
 
 
 def test_rows_come_from_files_or_are_missed(tmp_path):
