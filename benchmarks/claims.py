@@ -62,6 +62,7 @@ class Args:
     samples: int = 256  # a held-out prompt, of each policy
     pool: int = 4000  # a held-out prompt, of each SFT model: for the frontier and best-of-n
     pairs: list[int] = field(default_factory=lambda: [20_000, 2000])  # behind the reward models of no_kl
+    labels: list[str] = field(default_factory=lambda: ["neutral", "gold", "longer"])  # of length
     worlds: int = 200  # of the claim about ratings
     tiny: bool = False  # the sizes of a test
     folder: str = "runs/claims"  # of the runs
@@ -515,16 +516,16 @@ def claim_length(args: Args) -> dict:
     gold reward with the number of words partialled out, and by the gold reward plus 0.2 a word. A method's
     excess is its length less that of the exact optimum, for the reward behind its labels, at its own KL."""
     slope = length_slope(read_rows("data/preferences.jsonl"))
-    sets = {"gold": 0.0, "neutral": -slope, "longer": 0.2}
-    found = {name: {"dpo": [], "ppo": []} for name in sets}
-    for name, per_word in sets.items():
+    sets = {"neutral": -slope, "gold": 0.0, "longer": 0.2}
+    found = {name: {"dpo": [], "ppo": []} for name in args.labels}
+    for name in args.labels:
         for seed in range(1, args.few_seeds + 1):
-            pool, results = pool_of(args, seed), on_labels(args, seed, name, per_word)
+            pool, results = pool_of(args, seed), on_labels(args, seed, name, sets[name])
             for method, result in results.items():
                 policy = result["policy"]
                 run = {key: policy[key] for key in ("length", "kl", "gold")}
                 run["start"] = pool["length"].mean().item()
-                run["optimum"], run["ess"] = optimum_length(pool, per_word, policy["kl"])
+                run["optimum"], run["ess"] = optimum_length(pool, sets[name], policy["kl"])
                 found[name][method].append(run)
     excess = {}
     for name, methods in found.items():
@@ -532,7 +533,7 @@ def claim_length(args: Args) -> dict:
             excess[name, method] = differences(column(runs, "length"), column(runs, "optimum"))
     rows = []
     texts = {"neutral": "blind to length", "gold": "of the gold reward", "longer": "plus 0.2 a word"}
-    for name, text in texts.items():
+    for name in args.labels:
         mean = {}
         for key in ("start", "length", "optimum"):
             mean[key] = shown(column(found[name]["dpo"], key), 1)
@@ -540,9 +541,8 @@ def claim_length(args: Args) -> dict:
                   f"excess {shown(excess[name, 'dpo'], 2)}")
         if found[name]["ppo"]:
             figure += f", PPO's {shown(excess[name, 'ppo'], 2)}"
-        rows.append(row(
-            f"DPO writes longer than its labels ask: labels {text}", "SUSTech", verdict(excess[name, "dpo"]),
-            figure, args.few_seeds))
+        claim = f"DPO writes longer than its labels ask: labels {texts[name]}"
+        rows.append(row(claim, "SUSTech", verdict(excess[name, "dpo"]), figure, args.few_seeds))
     more = differences(excess["gold", "dpo"], excess["gold", "ppo"])
     rows.append(row(
         "DPO's excess length is larger than PPO's: labels of the gold reward", "SUSTech", verdict(more),
@@ -642,7 +642,7 @@ def without_kl(args: Args, pairs: int) -> dict[str, list[dict]]:
     return found
 
 
-SHOWN = "gold learned kl entropy distinct2".split()
+SHOWN = "gold win learned kl entropy distinct2".split()
 
 
 def lost(key: str, policies: dict) -> str:
@@ -658,11 +658,11 @@ def claim_no_kl(args: Args) -> dict:
         for beta, found in policies.items():
             mean[beta] = {key: shown(column(found, key), 2) for key in SHOWN}
         figure = "; ".join(
-            f"beta {beta}: gold {x['gold']}, learned {x['learned']}, KL {x['kl']}"
+            f"beta {beta}: learned {x['learned']}, gold {x['gold']}, wins {x['win']}, KL {x['kl']}"
             for beta, x in mean.items() if beta != "SFT")
         rows.append(row(
-            f"Maximizing a learned reward without KL does not work: less gold reward, {pairs:,} pairs",
-            "Chicago, CS234, alignment notes", lost("gold", policies), figure, args.few_seeds))
+            f"Maximizing a learned reward without KL does not work: wins against SFT, {pairs:,} pairs",
+            "Chicago, CS234, alignment notes", lost("win", policies), figure, args.few_seeds))
         figure = "; ".join(
             f"{beta}: {x['entropy']} nats a response, distinct-2 {x['distinct2']}"
             for beta, x in mean.items())
