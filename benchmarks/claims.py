@@ -417,7 +417,7 @@ def claim_cost(args: Args) -> dict:
 
 PEAK = """import sys
 sys.path[:0] = [".", "benchmarks"]
-import torch, tyro, dpo, ppo, reward_model
+import torch, tyro, dpo, ppo, reward_model, sft
 from logprob import resident
 torch.set_num_threads(1)
 before = resident("VmHWM")
@@ -435,19 +435,23 @@ def peaks(args: Args) -> dict:
     size = 64 if args.tiny else 384
     config |= {"hidden_size": size, "intermediate_size": 3 * size, "num_hidden_layers": size // 64}
     (folder / "start" / "config.json").write_text(json.dumps(config))
-    pairs = ["--dataset", first_rows(args, "preferences", 16)]
-    pairs += ["--eval-dataset", first_rows(args, "preferences_test", 8)]
-    common = ["--model", str(folder / "start"), "--micro-batch-size", "8", "--device", "cpu"]
-    reward = str(folder / "reward")
-    peak_of("reward_model", *common, *pairs, "--batch-size", "16", "--output-dir", reward)
+    few = ["--micro-batch-size", "8", "--batch-size", "16", "--device", "cpu", "--eval-samples", "8"]
+    demonstrations = [
+        "--dataset", first_rows(args, "demonstrations", 16),
+        "--eval-dataset", first_rows(args, "demonstrations_test", 8)]
+    pairs = [
+        "--dataset", first_rows(args, "preferences", 16),
+        "--eval-dataset", first_rows(args, "preferences_test", 8)]
+    start, reward = (str(folder / name / "model") for name in ("sft", "reward"))
+    random_start = ["--model", str(folder / "start"), "--num-train-epochs", "0"]
+    peak_of("sft", *random_start, *demonstrations, *few, "--output-dir", str(folder / "sft"))
+    peak_of("reward_model", "--model", start, *pairs, *few, "--output-dir", str(folder / "reward"))
+    few += ["--model", start, "--max-new-tokens", "13"]
     result = {"dpo": [], "ppo": []}
     for i in range(2):
-        result["dpo"].append(peak_of(
-            "dpo", *common, *pairs, "--batch-size", "16", "--eval-samples", "8", "--max-new-tokens", "13",
-            "--output-dir", str(folder / f"dpo{i}")))
-        result["ppo"].append(peak_of(
-            "ppo", *common, "--reward", f"{reward}/model", "--batch-size", "16", "--total-episodes", "32",
-            "--max-new-tokens", "13", "--eval-samples", "8", "--output-dir", str(folder / f"ppo{i}")))
+        result["dpo"].append(peak_of("dpo", *pairs, *few, "--output-dir", str(folder / f"dpo{i}")))
+        on_reward = ["--reward", reward, "--total-episodes", "32"]
+        result["ppo"].append(peak_of("ppo", *on_reward, *few, "--output-dir", str(folder / f"ppo{i}")))
     return result
 
 
