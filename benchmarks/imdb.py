@@ -6,8 +6,8 @@
 The controlled sentiment experiment of arXiv:2305.18290 (Sec. 6, left of Fig. 2): film reviews are continued
 from their first 2 to 8 tokens, and ought to be positive. Each command is printed and can be run by hand.
 
-1. Gold: a logistic model of which words a text has, from half of the labels; its log-odds are the reward,
-   gold.py:log_odds in the folder of the runs.
+1. Gold: a logistic model of which words a text has, from half of the labels; its log-odds, times 4, are the
+   reward, gold.py:reward in the folder of the runs.
 2. sft.py on beginnings of reviews: the sentences that end within their first 48 tokens.
 3. Pairs of samples from that start, labelled by Bradley-Terry with the gold reward.
 4. dpo.py on the pairs, sft.py on their chosen sides (preferred-FT), reward_model.py; ppo.py and grpo.py on
@@ -57,14 +57,15 @@ class Args:
     folder: str = "runs/imdb"  # of the runs
     output: str = "benchmarks/results/imdb"  # .json and .png
     seeds: list[int] = field(default_factory=lambda: [1])  # of the pairs and of all that is trained on them
-    dpo_betas: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0])  # --beta
-    gold_kl_coefs: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0])  # PPO, GRPO; gold reward
-    learned_kl_coefs: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0])  # learned one
+    dpo_betas: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0, 2.0])  # --beta
+    gold_kl_coefs: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0])  # PPO, GRPO; gold reward
+    learned_kl_coefs: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0])  # learned one
     pairs: int = 3000  # of samples, for training and, one in nine, to hold out
     prompts: int = 64  # to judge by
     reference_samples: int = 256  # a prompt, for best-of-n and the optimum
     policy_samples: int = 16  # a prompt
     max_tokens: int = 48  # of prompt and completion
+    scale: float = 4.0  # reward per nat of log-odds: with 1, labels of such short texts are mostly noise
     every: int = 1  # take one review in so many
     tiny: bool = False  # a test, whose figures mean nothing
 
@@ -76,8 +77,8 @@ FLAGS = {
         "preferred-FT": "--num-train-epochs 1 --batch-size 32 --learning-rate 5e-4",
         "reward_model.py": "--batch-size 32 --learning-rate 1e-3",
         "dpo.py": "--batch-size 32 --learning-rate 3e-4",
-        "ppo.py": "--total-episodes 2560 --learning-rate 3e-4 --critic-learning-rate 1e-3 --eval-samples 64",
-        "grpo.py": "--total-episodes 3840 --learning-rate 5e-4 --eval-samples 64",
+        "ppo.py": "--total-episodes 2560 --eval-samples 64",
+        "grpo.py": "--total-episodes 3840 --eval-samples 64",
     },
     "pretrained": {  # the paper's batches and rate of DPO; the others are usual, and untried here
         "sft.py": "--num-train-epochs 1 --learning-rate 1e-5",
@@ -164,7 +165,7 @@ def make_start(folder: Path, texts: list[str]) -> None:
 # ---- The gold reward ----
 
 WORD = r"[a-z]+(?:'[a-z]+)?"
-GOLD = '''"""Log-odds that a review is positive, by a logistic model of which words are in it."""
+GOLD = '''"""Log-odds, times a scale, that a review is positive: a logistic model of which words are in it."""
 
 import json
 import re
@@ -173,11 +174,12 @@ from pathlib import Path
 GOLD = json.loads(Path(__file__).with_name("gold.json").read_text())
 
 
-def log_odds(prompts, completions, **columns):
+def reward(prompts, completions, **columns):
     rewards = []
     for prompt, completion in zip(prompts, completions):
         words = set(re.findall(GOLD["word"], (prompt + completion).lower()))
-        rewards.append(GOLD["bias"] + sum(GOLD["weights"].get(word, 0.0) for word in words))
+        odds = GOLD["bias"] + sum(GOLD["weights"].get(word, 0.0) for word in words)
+        rewards.append(GOLD["scale"] * odds)
     return rewards
 '''
 
@@ -428,7 +430,7 @@ def picture(result: dict, file: str) -> None:
                 style["markerfacecolor"] = "white"
             axes.plot([p["kl"] for p in points], [p["gold"] for p in points], **style)
     axes.plot(*start, "*", color="tab:purple", markersize=14, label="start: SFT")
-    axes.set(xlabel="KL(policy || start), nats a response", ylabel="gold reward: log-odds of positive",
+    axes.set(xlabel="KL(policy || start), nats a response", ylabel="gold reward: log-odds, times a scale",
              title="Film reviews continued from the first 2 to 8 tokens of held-out ones")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
@@ -450,12 +452,14 @@ def main(args: Args) -> dict:
     train_rows, test_rows = [read_reviews(args.data, split)[:: args.every] for split in ("train", "test")]
     file = root / "gold.json"
     if not file.exists():
-        write(file, [fit_gold(train_rows[::2])])
+        model = fit_gold(train_rows[::2])
+        short = [{**row, "text": " ".join(row["text"].split()[:30])} for row in test_rows]
+        measured = {"words": len(model["weights"]), "held_out_accuracy": accuracy(model, train_rows[1::2]),
+                    "test_accuracy": accuracy(model, test_rows),
+                    "test_accuracy_of_30_words": accuracy(model, short)}
+        write(file, [{**model, "scale": args.scale, "measured": measured}])
     (root / "gold.py").write_text(GOLD)
-    model = json.loads(file.read_text())
-    short = [{**row, "text": " ".join(row["text"].split()[:30])} for row in test_rows]
-    gold = {"words": len(model["weights"]), "held_out_accuracy": accuracy(model, train_rows[1::2]),
-            "test_accuracy": accuracy(model, test_rows), "test_accuracy_of_30_words": accuracy(model, short)}
+    gold = json.loads(file.read_text())["measured"]
     print("gold reward: " + ", ".join(f"{name} {x:.4g}" for name, x in gold.items()), flush=True)
 
     # 2. the start. What the scripts see as held out are training reviews
@@ -474,7 +478,7 @@ def main(args: Args) -> dict:
     flags = f"--model {model} --dataset {root}/reviews.jsonl --max-new-tokens {args.max_tokens}"
     sft = run(args, "sft", "sft.py", flags)
     reference = load(args, sft)
-    spec = f"{root}/gold.py:log_odds"
+    spec = f"{root}/gold.py:reward"
     world = SimpleNamespace(args=args, reference=reference, rows=judged_by[: args.prompts], gold_spec=spec,
                             gold=reward_of(reference, spec))
     pool = draw_pool(world)

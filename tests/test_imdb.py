@@ -75,14 +75,15 @@ def test_the_gold_model_is_the_maximum_of_the_penalized_likelihood():
 
 def test_the_written_reward(tmp_path):
     """It reads prompt and completion as one text, each word once, in lower case."""
-    model = {"word": imdb.WORD, "bias": 0.25, "weights": {"good": 1.0, "bad": -2.0, "goodness": 8.0}}
+    weights = {"good": 1.0, "bad": -2.0, "goodness": 8.0}
+    model = {"word": imdb.WORD, "bias": 0.25, "weights": weights, "scale": 3.0}
     (tmp_path / "gold.json").write_text(json.dumps(model))
     (tmp_path / "gold.py").write_text(imdb.GOLD)
     spec = importlib.util.spec_from_file_location("gold_of_test", tmp_path / "gold.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    rewards = module.log_odds(["A good", "good", "bad"], ["ness film, good", " Good GOOD film", " x"], label=[1, 2, 3])
-    assert rewards == [0.25 + 8.0 + 1.0, 0.25 + 1.0, 0.25 - 2.0]
+    rewards = module.reward(["A good", "good", "bad"], ["ness film, good", " Good GOOD film", " x"], label=[1, 2, 3])
+    assert rewards == [3 * (0.25 + 8.0 + 1.0), 3 * (0.25 + 1.0), 3 * (0.25 - 2.0)]
     rows = [{"text": "good", "label": 1}, {"text": "bad", "label": 1}, {"text": "bad good", "label": 0}]
     assert imdb.accuracy(model, rows) == pytest.approx(2 / 3)
 
@@ -187,7 +188,7 @@ def test_a_tiny_run_on_real_reviews(tmp_path, monkeypatch):
         max_tokens=32, every=40, tiny=True)  # fmt: skip
     result = imdb.main(args)
     assert commands == ["sft.py", "reward_model.py", "dpo.py", "sft.py", *["ppo.py", "grpo.py"] * 2]
-    assert [point["method"] for point in result["points"]] == list(dict.fromkeys(imdb.STYLES)) or True
+    assert {point["method"] for point in result["points"]} == {*imdb.STYLES}
     for point in result["points"]:
         assert point["kl"] > 0 and 0 < point["length"] <= 32 and ("learned" in point) == ("learned" in point["method"])
     assert 0.5 < result["gold"]["test_accuracy"] < 0.9
