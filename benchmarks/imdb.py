@@ -75,8 +75,8 @@ FLAGS = {
     "small": {
         "sft.py": "--num-train-epochs 3 --batch-size 16 --learning-rate 3e-3 --warmup-steps 100",
         "preferred-FT": "--num-train-epochs 1 --batch-size 32 --learning-rate 5e-4",
-        "reward_model.py": "--batch-size 32 --learning-rate 1e-3",
-        "dpo.py": "--batch-size 32 --learning-rate 3e-4",
+        "reward_model.py": "--batch-size 32 --learning-rate 3e-3",
+        "dpo.py": "--batch-size 32 --learning-rate 1e-3",
         "ppo.py": "--total-episodes 2560 --eval-samples 64",
         "grpo.py": "--total-episodes 3840 --eval-samples 64",
     },
@@ -360,6 +360,14 @@ def best_of_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def best_of_at(curve: list, kl: float) -> float | None:
+    """Reward of best-of-n where its KL is this one, between the n of the curve; None beyond it."""
+    for (_, low, start), (_, high, end) in zip(curve, curve[1:]):
+        if start <= kl <= end:
+            return low + (high - low) * (kl - start) / (end - start)
+    return None
+
+
 def describe(policy, responses: list, number: int) -> dict:
     """Mean length in tokens, share with an EOS, and the first response to each of four prompts."""
     ended = [ids[-1] in policy.eos_ids for ids in responses]
@@ -400,11 +408,22 @@ def judge(world, point: dict, model: str, learned: str) -> dict:
     return point
 
 
-def fraction(rewards: torch.Tensor, point: dict) -> float | None:
-    """Gain over the start, as a share of the optimum's at the same KL; None where the pool is too small."""
-    start = rewards.mean().item()
-    best, ess, _ = frontier.frontier_at(rewards, point["kl"])
-    return (point["gold"] - start) / (best - start) if ess >= LEAST_ESS else None
+def optimum_at(rewards: torch.Tensor, kl: float) -> float | None:
+    """The largest reward at this KL; None where the pool is too small to tell."""
+    best, ess, _ = frontier.frontier_at(rewards, kl)
+    return best if ess >= LEAST_ESS else None
+
+
+def cells_of(point: dict) -> list[str]:
+    """A point's line of the table: beta, gold reward, KL, what best-of-n and the optimum have there, tokens,
+    CPU seconds.
+    """
+    others = []
+    for name in ("best_of_n_at_kl", "optimum_at_kl"):
+        others.append("" if point[name] is None else f"{point[name]:.2f}")
+    return [f"{point['setting']:g}", f"{point['gold']:.2f} ± {point['gold_se']:.2f}",
+            f"{point['kl']:.2f} ± {point['kl_se']:.2f}", *others, f"{point['length']:.1f}",
+            f"{point['cpu_seconds']:.0f}"]
 
 
 def picture(result: dict, file: str) -> None:
@@ -498,8 +517,11 @@ def main(args: Args) -> dict:
         (command,) = read_rows(str(folder / "reward" / "command.json"))
         reward_models[seed] = {name: last[name] for name in names} | command
         del reward_models[seed]["_where"]
+    sizes = [n for n in NS if n <= args.reference_samples]
+    best_of_n = [[n, best_of(rewards, n), best_of_kl(n)] for n in sizes]
     for point in points:
-        point["fraction"] = fraction(rewards, point)
+        point["optimum_at_kl"] = optimum_at(rewards, point["kl"])
+        point["best_of_n_at_kl"] = best_of_at(best_of_n, point["kl"])
     sft_rows = read_rows(str(root / "sft" / "metrics.jsonl"))
     (command,) = read_rows(str(root / "sft" / "command.json"))
     start = {"gold": rewards.mean().item(), "spread": spread, "eval/loss": sft_rows[-1]["eval/loss"],
@@ -507,7 +529,6 @@ def main(args: Args) -> dict:
              "cpu_seconds": command["cpu_seconds"]}
     start |= {name: pool[name] for name in ("length", "ended", "samples")}
     runs = [start, *reward_models.values(), *points]
-    sizes = [n for n in NS if n <= args.reference_samples]
     betas = [30 * 0.88**k for k in range(50)]
     settings = asdict(args)
     for name in ("data", "folder", "output"):
@@ -516,7 +537,7 @@ def main(args: Args) -> dict:
         "args": settings, "seeds": args.seeds,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "gold": gold, "start": start, "reward_models": reward_models, "points": points,
-        "best_of_n": [[n, best_of(rewards, n), best_of_kl(n)] for n in sizes],
+        "best_of_n": best_of_n,
         "optimum": [[beta, *frontier.tilted(rewards, beta)] for beta in betas],
         "cpu_seconds_of_scripts": sum(row["cpu_seconds"] for row in runs),
         "cpu_seconds_here": time.process_time() - began}

@@ -16,7 +16,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, SHARED
-from tiny_runs import read, write
+from tiny_runs import read
 
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "imdb.json").read_text())
 TEXT = (ROOT / "benchmarks" / "README.md").read_text()
@@ -212,7 +212,7 @@ def test_the_results_hold_what_is_claimed():
         assert reward >= start and kl == pytest.approx(imdb.best_of_kl(n), rel=1e-4)
     for point in RESULT["points"]:
         assert point["method"] in imdb.STYLES and point["command"].startswith("python ")
-        for beta, reward, kl, ess in RESULT["optimum"]:
+        for _, reward, kl, ess in RESULT["optimum"]:
             if ess >= imdb.LEAST_ESS and abs(kl - point["kl"]) < 0.02:
                 assert point["gold"] < reward + 4 * point["gold_se"]  # the optimum's row is of the same KL
     assert not any(word in json.dumps(RESULT) for word in ("/work", "/tmp", "/root"))
