@@ -58,9 +58,11 @@ class Args:
     output: str = "benchmarks/results/imdb"  # .json and .png
     seeds: list[int] = field(default_factory=lambda: [1])  # of the pairs and of all that is trained on them
     dpo_betas: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0, 2.0])  # --beta
-    gold_kl_coefs: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0])  # PPO, GRPO; gold reward
-    learned_kl_coefs: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0])  # learned one
-    pairs: int = 3000  # of samples, for training and, one in nine, to hold out
+    ppo_gold: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0])  # --kl-coef of PPO, gold reward
+    grpo_gold: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0])  # of GRPO
+    ppo_learned: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0])  # and on the learned reward
+    grpo_learned: list[float] = field(default_factory=lambda: [0.2, 0.5, 1.0])
+    pairs: int = 3750  # prompts with two samples each; also of PPO and GRPO
     prompts: int = 64  # to judge by
     reference_samples: int = 256  # a prompt, for best-of-n and the optimum
     policy_samples: int = 16  # a prompt
@@ -312,34 +314,28 @@ def make_pairs(world, rows: list[dict], folder: Path, seed: int) -> None:
     write(folder / "pairs.jsonl", pairs[n:])
 
 
-def train(world, sft: str, seed: int) -> list[dict]:
-    """All methods from one set of pairs, each judged as soon as it has ended."""
-    args, points = world.args, []
+def train(world, sft: str, learned: str, seed: int):
+    """All methods from one set of pairs: one point after the other, judged as soon as its run has ended."""
+    args = world.args
     pairs = f"--dataset {args.folder}/seed{seed}/pairs.jsonl"
     start = f"--seed {seed} --model {sft}"
-    learned = run(args, f"seed{seed}/reward", "reward_model.py", f"{start} {pairs}")
 
-    def add(method, setting, script, flags, settings=""):
+    def point(method, setting, script, flags, settings=""):
         name = re.sub(r"\W+", "_", f"{method} {setting}")
         flags = f"{start} {flags} --max-new-tokens {args.max_tokens}"
         model = run(args, f"seed{seed}/{name}", script, flags, settings)
-        point = judge(world, {"method": method, "setting": setting, "seed": seed}, model, learned)
-        print("{method} {setting} seed {seed}: gold {gold:.3f} +- {gold_se:.3f}, KL {kl:.2f} +- {kl_se:.2f}, "
-              "{length:.1f} tokens, {cpu_seconds:.0f} s {samples[0]!r}".format(**point), flush=True)
-        points.append(point)
+        return judge(world, {"method": method, "setting": setting, "seed": seed}, model, learned)
 
     for beta in args.dpo_betas:
-        add("DPO", beta, "dpo.py", f"{pairs} --beta {beta}")
+        yield point("DPO", beta, "dpo.py", f"{pairs} --beta {beta}")
     preferred = f"--dataset {args.folder}/seed{seed}/preferred.jsonl"
-    add("preferred-FT", 0, "sft.py", preferred, "preferred-FT")
-    rewards = {"gold": (world.gold_spec, args.gold_kl_coefs), "learned": (learned, args.learned_kl_coefs)}
-    for name, (spec, kl_coefs) in rewards.items():
+    yield point("preferred-FT", 0, "sft.py", preferred, "preferred-FT")
+    for name, spec in (("gold", world.gold_spec), ("learned", learned)):
         prompts = f"--dataset {args.folder}/prompts.jsonl --reward {spec} --missing-eos-penalty 0"
-        for beta in kl_coefs:
-            add(f"PPO, {name}", beta, "ppo.py", f"{prompts} --kl-coef {beta}")
-        for beta in kl_coefs:
-            add(f"GRPO, {name}", beta, "grpo.py", f"{prompts} --kl-in reward --kl-coef {beta}")
-    return points
+        for beta in getattr(args, f"ppo_{name}"):
+            yield point(f"PPO, {name}", beta, "ppo.py", f"{prompts} --kl-coef {beta}")
+        for beta in getattr(args, f"grpo_{name}"):
+            yield point(f"GRPO, {name}", beta, "grpo.py", f"{prompts} --kl-in reward --kl-coef {beta}")
 
 
 # ---- Judging ----
@@ -426,6 +422,38 @@ def cells_of(point: dict) -> list[str]:
             f"{point['cpu_seconds']:.0f}"]
 
 
+def of_run(model: str, *names: str) -> dict:
+    """The last of these metrics of a run, its command and its CPU seconds."""
+    metrics = read_rows(str(Path(model).with_name("metrics.jsonl")))[-1]
+    (command,) = read_rows(str(Path(model).with_name("command.json")))
+    found = {name: metrics[name] for name in names}
+    return found | {name: command[name] for name in ("command", "cpu_seconds")}
+
+
+def save(args: Args, result: dict, pool: dict) -> None:
+    """Add what follows from the pool, and write the figures and the picture."""
+    rewards = torch.tensor(pool["rewards"], dtype=torch.float64)
+    sizes = [n for n in NS if n <= args.reference_samples]
+    best_of_n = [[n, best_of(rewards, n), best_of_kl(n)] for n in sizes]
+    for point in result["points"]:
+        point["optimum_at_kl"] = optimum_at(rewards, point["kl"])
+        point["best_of_n_at_kl"] = best_of_at(best_of_n, point["kl"])
+    result["start"] |= {name: pool[name] for name in ("length", "ended", "samples")}
+    result["start"] |= {"gold": rewards.mean().item(), "spread": rewards.std(1).mean().item()}
+    betas = [30 * 0.88**k for k in range(50)]
+    runs = [result["start"], *result["reward_models"].values(), *result["points"]]
+    settings = {name: x for name, x in asdict(args).items() if name not in ("data", "folder", "output")}
+    result |= {
+        "args": settings,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "best_of_n": best_of_n,
+        "optimum": [[beta, *frontier.tilted(rewards, beta)] for beta in betas],
+        "cpu_seconds": sum(row["cpu_seconds"] + row.get("judge_seconds", 0.0) for row in runs)}
+    rounded = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
+    Path(f"{args.output}.json").write_text(json.dumps(rounded, indent=1) + "\n")
+    picture(rounded, args.output)
+
+
 def picture(result: dict, file: str) -> None:
     import matplotlib
 
@@ -439,11 +467,11 @@ def picture(result: dict, file: str) -> None:
     axes.plot(*zip(*[(kl, reward) for _, reward, kl in result["best_of_n"]]), ".--", color="0.4",
               label=f"best of n = {NS[0]} to {result['best_of_n'][-1][0]}")
     for method, (color, marker, line) in STYLES.items():
-        for seed in result["seeds"]:
+        for seed in result["args"]["seeds"]:
             points = [p for p in result["points"] if (p["method"], p["seed"]) == (method, seed)]
             points.sort(key=lambda p: p["kl"])
             style = {"color": color, "marker": marker, "linestyle": line}
-            if seed == result["seeds"][0]:
+            if seed == result["args"]["seeds"][0]:
                 style["label"] = method
             if "learned" in method:
                 style["markerfacecolor"] = "white"
@@ -462,7 +490,6 @@ def main(args: Args) -> dict:
         import matplotlib  # noqa: F401
     except ImportError:
         fail("the picture needs `pip install matplotlib`")
-    began = time.process_time()
     torch.set_num_threads(1)
     root = Path(args.folder)
     root.mkdir(parents=True, exist_ok=True)
@@ -501,50 +528,25 @@ def main(args: Args) -> dict:
     world = SimpleNamespace(args=args, reference=reference, rows=judged_by[: args.prompts], gold_spec=spec,
                             gold=reward_of(reference, spec))
     pool = draw_pool(world)
-    rewards = torch.tensor(pool["rewards"], dtype=torch.float64)
-    spread = rewards.std(1).mean().item()
-    print(f"the start: gold {rewards.mean():.3f}, sd of one prompt's samples {spread:.2f}", flush=True)
 
     # 3. to 5. pairs, what is trained on them, and where it ends
     points, reward_models = [], {}
     for seed in args.seeds:
         folder = root / f"seed{seed}"
         if not (folder / "pairs.jsonl").exists():
-            make_pairs(world, prompts[n : n + args.pairs * 5 // 4], folder, seed)
-        points += train(world, sft, seed)
-        last = read_rows(str(folder / "reward" / "metrics.jsonl"))[-1]
-        names = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/accuracy_ceiling")
-        (command,) = read_rows(str(folder / "reward" / "command.json"))
-        reward_models[seed] = {name: last[name] for name in names} | command
-        del reward_models[seed]["_where"]
-    sizes = [n for n in NS if n <= args.reference_samples]
-    best_of_n = [[n, best_of(rewards, n), best_of_kl(n)] for n in sizes]
-    for point in points:
-        point["optimum_at_kl"] = optimum_at(rewards, point["kl"])
-        point["best_of_n_at_kl"] = best_of_at(best_of_n, point["kl"])
-    sft_rows = read_rows(str(root / "sft" / "metrics.jsonl"))
-    (command,) = read_rows(str(root / "sft" / "command.json"))
-    start = {"gold": rewards.mean().item(), "spread": spread, "eval/loss": sft_rows[-1]["eval/loss"],
-             "parameters": reference.model.num_parameters(), "command": command["command"],
-             "cpu_seconds": command["cpu_seconds"]}
-    start |= {name: pool[name] for name in ("length", "ended", "samples")}
-    runs = [start, *reward_models.values(), *points]
-    betas = [30 * 0.88**k for k in range(50)]
-    settings = asdict(args)
-    for name in ("data", "folder", "output"):
-        del settings[name]
-    result = {
-        "args": settings, "seeds": args.seeds,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "gold": gold, "start": start, "reward_models": reward_models, "points": points,
-        "best_of_n": best_of_n,
-        "optimum": [[beta, *frontier.tilted(rewards, beta)] for beta in betas],
-        "cpu_seconds_of_scripts": sum(row["cpu_seconds"] for row in runs),
-        "cpu_seconds_here": time.process_time() - began}
-    rounded = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
-    Path(f"{args.output}.json").write_text(json.dumps(rounded, indent=1) + "\n")
-    picture(rounded, args.output)
-    return rounded
+            make_pairs(world, prompts[n : n + args.pairs], folder, seed)
+        flags = f"--seed {seed} --model {sft} --dataset {folder}/pairs.jsonl"
+        learned = run(args, f"seed{seed}/reward", "reward_model.py", flags)
+        reward_models[seed] = of_run(learned, "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high",
+                                     "eval/accuracy_ceiling")
+        for point in train(world, sft, learned, seed):
+            points.append(point)
+            print("{method} {setting} seed {seed}: gold {gold:.3f} +- {gold_se:.3f}, KL {kl:.2f} +- "
+                  "{kl_se:.2f}, {length:.1f} tokens, {cpu_seconds:.0f} s".format(**point), flush=True)
+            start = of_run(sft, "eval/loss") | {"parameters": reference.model.num_parameters()}
+            result = {"gold": gold, "start": start, "reward_models": reward_models, "points": points}
+            save(args, result, pool)  # after each point, so that a long run shows its picture
+    return json.loads(Path(f"{args.output}.json").read_text())
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def test_a_tiny_run_on_real_reviews(tmp_path, monkeypatch):
     monkeypatch.setattr(imdb.subprocess, "run", in_process(commands))
     args = imdb.Args(
         data=str(SHARED / "data"), folder=str(tmp_path / "runs"), output=str(tmp_path / "out"), dpo_betas=[0.1],
-        gold_kl_coefs=[0.1], learned_kl_coefs=[0.2], pairs=60, prompts=8, reference_samples=64, policy_samples=8,
+        ppo_gold=[0.1], grpo_gold=[0.1], ppo_learned=[0.2], grpo_learned=[0.2], pairs=60, prompts=8, reference_samples=64, policy_samples=8,
         max_tokens=32, every=40, tiny=True)  # fmt: skip
     result = imdb.main(args)
     assert commands == ["sft.py", "reward_model.py", "dpo.py", "sft.py", *["ppo.py", "grpo.py"] * 2]
