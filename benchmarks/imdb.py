@@ -78,8 +78,8 @@ FLAGS = {
         "sft.py": "--num-train-epochs 3 --batch-size 16 --learning-rate 3e-3 --warmup-steps 100",
         "preferred-FT": "--num-train-epochs 1 --batch-size 32 --learning-rate 5e-4",
         "reward_model.py": "--batch-size 32 --learning-rate 3e-3",
-        "dpo.py": "--batch-size 32 --learning-rate 1e-3",
-        "ppo.py": "--total-episodes 2560 --eval-samples 64",
+        "dpo.py": "--batch-size 32 --learning-rate 3e-4",
+        "ppo.py": "--total-episodes 5120 --eval-samples 64",
         "grpo.py": "--total-episodes 3840 --eval-samples 64",
     },
     "pretrained": {  # the paper's batches and rate of DPO; the others are usual, and untried here
@@ -475,6 +475,8 @@ def picture(result: dict, file: str) -> None:
                 style["label"] = method
             if "learned" in method:
                 style["markerfacecolor"] = "white"
+            if not points:
+                continue
             axes.plot([p["kl"] for p in points], [p["gold"] for p in points], **style)
     axes.plot(*start, "*", color="tab:purple", markersize=14, label="start: SFT")
     axes.set(xlabel="KL(policy || start), nats a response", ylabel="gold reward: log-odds, times a scale",
