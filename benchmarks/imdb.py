@@ -417,7 +417,8 @@ def cells_of(point: dict) -> list[str]:
     others = []
     for name in ("best_of_n_at_kl", "optimum_at_kl"):
         others.append("" if point[name] is None else f"{point[name]:.2f}")
-    return [f"{point['setting']:g}", f"{point['gold']:.2f} ± {point['gold_se']:.2f}",
+    beta = f"{point['setting']:g}" if point["setting"] else ""
+    return [beta, f"{point['gold']:.2f} ± {point['gold_se']:.2f}",
             f"{point['kl']:.2f} ± {point['kl_se']:.2f}", *others, f"{point['length']:.1f}",
             f"{point['cpu_seconds']:.0f}"]
 

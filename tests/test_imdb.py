@@ -68,8 +68,8 @@ def test_the_gold_model_is_the_maximum_of_the_penalized_likelihood():
     w = torch.tensor(list(model["weights"].values()), dtype=torch.float64)
     y = torch.tensor([row["label"] for row in REVIEWS], dtype=torch.float64)
     error = torch.sigmoid(X @ w + model["bias"]) - y
-    assert error.sum().abs() < 1e-6  # of the bias, which is not penalized
-    assert (X.T @ error / 6 + penalty * w).abs().max() < 1e-6
+    assert error.sum().abs() < 1e-4  # of the bias, which is not penalized
+    assert (X.T @ error / 6 + penalty * w).abs().max() < 1e-4
     assert model["weights"]["good"] > 0.1 > -0.1 > model["weights"]["bad"]
 
 
@@ -216,3 +216,23 @@ def test_the_results_hold_what_is_claimed():
             if ess >= imdb.LEAST_ESS and abs(kl - point["kl"]) < 0.02:
                 assert point["gold"] < reward + 4 * point["gold_se"]  # the optimum's row is of the same KL
     assert not any(word in json.dumps(RESULT) for word in ("/work", "/tmp", "/root"))
+
+
+def test_the_table_is_that_of_the_results():
+    section = TEXT.partition("## Real reviews")[2].partition("\n## ")[0]
+    lines = []
+    for line in section.splitlines():
+        cells = [cell.strip(" *") for cell in line.strip().strip("|").split("|")]
+        if cells[0] in imdb.STYLES:
+            lines.append(cells)
+    assert lines == [[point["method"], *imdb.cells_of(point)] for point in RESULT["points"]]
+    gold, start = RESULT["gold"], RESULT["start"]
+    (reward_model,) = RESULT["reward_models"].values()
+    best = {n: f"{reward:.2f} at most {kl:.2f}" for n, reward, kl in RESULT["best_of_n"]}
+    for words in (f"{gold['held_out_accuracy']:.3f}", f"{gold['test_accuracy']:.3f}",
+                  f"{gold['test_accuracy_of_30_words']:.3f}", f"{start['eval/loss']:.2f}", f"{start['gold']:.2f}",
+                  f"{start['length']:.1f} tokens", f"{start['parameters']:,} parameters", f"{start['spread']:.2f}",
+                  f"{reward_model['eval/accuracy']:.3f}", f"{reward_model['eval/accuracy_low']:.3f}",
+                  f"{reward_model['eval/accuracy_high']:.3f}", f"{reward_model['eval/accuracy_ceiling']:.3f}",
+                  f"{RESULT['cpu_seconds'] / 60:.0f} CPU minutes", best[4], best[64]):  # fmt: skip
+        assert words in " ".join(section.split()), words
