@@ -92,7 +92,7 @@ FLAGS = {
         "grpo.py": "--total-episodes 51200 --batch-size 256 --learning-rate 2e-6",
     },
     "tiny": {
-        "sft.py": "--num-train-epochs 1 --batch-size 16 --learning-rate 3e-3 --eval-samples 4",
+        "sft.py": "--num-train-epochs 3 --batch-size 16 --learning-rate 1e-2 --eval-samples 4",
         "preferred-FT": "--num-train-epochs 1 --batch-size 8 --eval-samples 4",
         "reward_model.py": "--batch-size 8",
         "dpo.py": "--batch-size 8 --eval-samples 4",

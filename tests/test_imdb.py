@@ -178,14 +178,14 @@ def in_process(commands):
 @needs_reviews
 def test_a_tiny_run_on_real_reviews(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
-    monkeypatch.setattr(imdb, "VOCABULARY", 300)
+    monkeypatch.setattr(imdb, "VOCABULARY", 600)
     monkeypatch.setattr(imdb, "SMALL", imdb.SMALL | {"hidden_size": 16, "intermediate_size": 16})
     commands = []
     monkeypatch.setattr(imdb.subprocess, "run", in_process(commands))
     args = imdb.Args(
         data=str(SHARED / "data"), folder=str(tmp_path / "runs"), output=str(tmp_path / "out"), dpo_betas=[0.1],
-        ppo_gold=[0.1], grpo_gold=[0.1], ppo_learned=[0.2], grpo_learned=[0.2], pairs=60, prompts=8, reference_samples=64, policy_samples=8,
-        max_tokens=32, every=40, tiny=True)  # fmt: skip
+        ppo_gold=[0.1], grpo_gold=[0.1], ppo_learned=[0.2], grpo_learned=[0.2], pairs=100, prompts=8, reference_samples=64, policy_samples=8,
+        max_tokens=32, every=20, tiny=True)  # fmt: skip
     result = imdb.main(args)
     assert commands == ["sft.py", "reward_model.py", "dpo.py", "sft.py", *["ppo.py", "grpo.py"] * 2]
     assert {point["method"] for point in result["points"]} == {*imdb.STYLES}
