@@ -115,7 +115,7 @@ def kl_to(policy, reference, batch: dict, size: int, skip: int = 0) -> torch.Ten
         kl = exact_kl(hidden, head_of(policy), ref_hidden, head_of(reference))  # (N,)
         return torch.zeros_like(mb["logprobs"]).masked_scatter(mb["mask"], kl)  # (b, t)
 
-    return per_token(exact, batch, size).sum(1)
+    return per_token(exact, batch, size, policy.device).sum(1)
 
 
 def main(args: Args) -> dict:
