@@ -45,12 +45,15 @@ class Args:
     device: str = "cpu"  # or cuda
     worker: bool = False  # be one of the processes, and print what they send as JSON
     shard: bool = False  # of a worker
+    folder: str = "runs/scaling"  # of a worker: gets its model, rows and run
     output: str = str(ROOT / "benchmarks" / "results" / "scaling.json")  # of the table
 
 
 def count_bytes(counts):
     """Let torch's collectives note in counts what a ring sends: (N - 1) / N of a tensor's bytes a pass."""
-    passes = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+    passes = {"all_reduce": 2, "all_gather_single": 1, "reduce_scatter_single": 1}  # as of torch 2.13
+    if not hasattr(dist, "all_gather_single"):
+        passes = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
     for name, number in passes.items():
         inner = getattr(dist, name)
 
@@ -66,7 +69,7 @@ def count_bytes(counts):
 
 def work(args):
     """Train, and return (P, seconds of a step, bytes of a step that each rank sends)."""
-    folder = Path(tempfile.gettempdir()) / f"scaling-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
+    folder = Path(args.folder)
     model = folder / "model"
     common.device_of(sft.Args(device=args.device))  # joins the other processes
     if common.ranks()[0] == 0:
@@ -97,7 +100,7 @@ def work(args):
         model=str(model), dataset=rows, eval_dataset=rows, num_train_epochs=args.num_steps, eval_every=0,
         eval_samples=1, max_new_tokens=1, save_every=0, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, device=args.device, shard=args.shard,
-        output_dir=str(folder / ("shard" if args.shard else "plain"))))
+        output_dir=str(folder / "run")))
     config = transformers.AutoConfig.from_pretrained(model)
     size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     sent = (at_step[-1] - at_step[1]) / (len(at_step) - 2)
@@ -118,11 +121,12 @@ def main(args: Args) -> dict:
         if common.ranks()[0] == 0:
             print(json.dumps(result))
         return result
-    table = {"torch": torch.__version__, "cores": os.cpu_count(), "args": asdict(args), "runs": []}
+    table = {"torch": torch.__version__, "cores": os.cpu_count(), "runs": []}
+    table["args"] = {name: value for name, value in asdict(args).items() if name not in ("folder", "output")}
     for world, shard in [(1, False), (2, False), (2, True)]:
         options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(args).items()
-                   if name not in ("worker", "shard", "output")]
-        options += ["--shard"] * shard
+                   if name not in ("worker", "shard", "folder", "output")]
+        options += [f"--folder={tempfile.mkdtemp()}"] + ["--shard"] * shard
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
         torchrun += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(world)]
         process = subprocess.run(
@@ -130,8 +134,8 @@ def main(args: Args) -> dict:
         run = json.loads(process.stdout.splitlines()[-1]) | {"ranks": world, "shard": shard}
         run["formula"] = formula(run["parameters"], world, shard, run["micro_batches"])
         table["runs"].append(run)
-        print(f"{world} ranks{' --shard' * shard}: {run['seconds']:.3f} s a step, {run['bytes'] / 1e6:.2f} MB "
-              f"sent by each, {run['formula'] / 1e6:.2f} by the formula")
+        megabytes = f"{run['bytes'] / 1e6:.2f} MB sent by each, {run['formula'] / 1e6:.2f} by the formula"
+        print(f"{world} ranks{' --shard' * shard}: {run['seconds']:.3f} s a step, {megabytes}")
     Path(args.output).write_text(json.dumps(table, indent=1) + "\n")
     return table
 

@@ -226,7 +226,7 @@ def test_two_agents_are_two_nodes(fleet, starts, tmp_path):
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
     agents = [torchrun(1, "sft.py", *arguments, endpoint=endpoint, nodes=2) for _ in range(2)]
-    outputs = [agent.communicate(timeout=120) for agent in agents]
+    outputs = [agent.communicate(timeout=300) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert sorted("model, metrics and samples" in output for output, _ in outputs) == [False, True]
     rows = timeless(read(fleet / "sft-1" / "metrics.jsonl")), timeless(read(tmp_path / "sft-nodes" / "metrics.jsonl"))
@@ -236,7 +236,7 @@ def test_two_agents_are_two_nodes(fleet, starts, tmp_path):
 
 def test_bad_input_is_one_line_of_one_rank(fleet, starts, tmp_path):
     process = torchrun(2, "sft.py", "--dataset", "missing.jsonl", "--device", "cpu", "--output-dir", tmp_path / "run")
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=200)
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert process.returncode != 0 and len(lines) == 1 and "missing.jsonl" in lines[0]
     assert re.search(r"exitcode\s*: 2", error)
