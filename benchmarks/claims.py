@@ -337,7 +337,7 @@ def claim_win_rate(args: Args) -> dict:
     for name, values in wins.items():
         figure = f"beats an answer of SFT with probability {shown(values)}, worst seed {min(values):.3f}"
         claim = f"RLHF beats supervised fine-tuning: {name.upper()}"
-        rows.append(row(claim, "Chicago, Austin, CS234", verdict(values, 0.5), figure, args.seeds))
+        rows.append(row(claim, "Chicago, CS234, SUSTech", verdict(values, 0.5), figure, args.seeds))
     return {"rows": rows, "win": wins}
 
 
@@ -349,12 +349,12 @@ def claim_methods(args: Args) -> dict:
     gold = {name: values_of(rows, "gold") for name, rows in results.items()}
     gain = differences(fraction["ppo"], fraction["dpo"])
     rows = [row(
-        "PPO gets more out of the same comparisons than DPO", "Austin, SUSTech", verdict(gain),
+        "PPO gets more out of the same comparisons than DPO", "Austin, alignment notes", verdict(gain),
         f"fraction of the optimum: PPO {shown(fraction['ppo'])}, DPO {shown(fraction['dpo'])}", args.seeds)]
     ratio, low, high = spread_ratio(fraction["dpo"], fraction["ppo"])
     found = "holds" if high < 1 else "fails" if low > 1 else "not separated"
     rows.append(row(
-        "DPO is more stable than PPO", "Austin, CS234, SUSTech", found,
+        "DPO is more stable than PPO", "Chicago, Austin, alignment notes", found,
         f"sd over seeds, DPO's over PPO's: {ratio:.2f} (95 %: {low:.2f} to {high:.2f})", args.seeds))
     collapsed = {}
     for name, runs in results.items():
@@ -362,7 +362,8 @@ def claim_methods(args: Args) -> dict:
         bound = rate_bound(collapsed[name], args.seeds)
         worst = f"worst seed {min(fraction[name]):.3f} of the optimum"
         rows.append(row(
-            f"{name.upper()} collapses in half of its runs, as 2 of 4 published PPO runs did", "Chicago",
+            f"{name.upper()} collapses in half of its runs, as 2 of 4 published PPO runs did",
+            "Austin; arXiv:2403.17031",
             "fails" if bound < 0.5 else "not separated",
             f"{collapsed[name]} of {args.seeds}: a rate of at most {bound:.3f} (95 %); {worst}", args.seeds))
     return {"rows": rows, "fraction": fraction, "gold": gold, "collapsed": collapsed}
@@ -403,14 +404,14 @@ def claim_cost(args: Args) -> dict:
     both_s = [ppo_s[i] + reward_of(args, i + 1)[1]["cpu_s"] for i in range(args.few_seeds)]
     ratio = [both / one for both, one in zip(both_s, dpo_s)]
     rows = [row(
-        "DPO is cheaper than a reward model and PPO", "Austin, CS234, SUSTech", verdict(ratio, 1.0),
+        "DPO is cheaper than a reward model and PPO", "Chicago, Austin, alignment notes", verdict(ratio, 1.0),
         f"CPU seconds: DPO {shown(dpo_s, 1)}, reward model and PPO {shown(both_s, 1)}, ratio "
         f"{shown(ratio, 2)}", args.few_seeds)]
     memory = kept(Path(args.folder) / "memory.json", lambda: peaks(args))
     more = [ppo / dpo for ppo, dpo in zip(memory["ppo"], memory["dpo"])]
     one, two = (sum(memory[name]) / len(more) / 1e6 for name in ("dpo", "ppo"))
     rows.append(row(
-        "PPO needs more memory than DPO", "CS234, SUSTech", verdict(more, 1.0),
+        "PPO needs more memory than DPO", "Austin, alignment notes", verdict(more, 1.0),
         f"MB of a step of 11 M parameters: DPO {one:.0f}, PPO {two:.0f}, ratio {shown(more, 2)}", len(more)))
     return {"rows": rows, "dpo_s": dpo_s, "reward_model_and_ppo_s": both_s, "memory": memory}
 
@@ -470,7 +471,7 @@ def claim_implicit_reward(args: Args) -> dict:
     found = verdict(differences(implicit, learned), -0.01)
     figure = f"held-out accuracy: DPO {shown(implicit, 4)}, reward model {shown(learned, 4)}; possible 0.801"
     claim = "A DPO policy is as good a reward model as one that was trained (less than 0.01 worse)"
-    rows = [row(claim, "Austin, SUSTech", found, figure, args.seeds)]
+    rows = [row(claim, "alignment notes", found, figure, args.seeds)]
     return {"rows": rows, "dpo": implicit, "learned": learned}
 
 
@@ -550,10 +551,10 @@ def claim_length(args: Args) -> dict:
         if found[name]["ppo"]:
             figure += f", PPO's {shown(excess[name, 'ppo'], 2)}"
         claim = f"DPO writes longer than its labels ask: labels {texts[name]}"
-        rows.append(row(claim, "SUSTech", verdict(excess[name, "dpo"]), figure, args.few_seeds))
+        rows.append(row(claim, "Austin", verdict(excess[name, "dpo"]), figure, args.few_seeds))
     more = differences(excess["gold", "dpo"], excess["gold", "ppo"])
     rows.append(row(
-        "DPO's excess length is larger than PPO's: labels of the gold reward", "SUSTech", verdict(more),
+        "DPO's excess length is larger than PPO's: labels of the gold reward", "Austin", verdict(more),
         f"by {shown(more, 2)} tokens", args.few_seeds))
     return {"rows": rows, "reward_per_word": sets, "runs": found}
 
@@ -632,7 +633,7 @@ def claim_prompts(args: Args) -> dict:
     rows = []
     for other in ("PPO on 12 prompts", "DPO on 12 prompts"):
         rows.append(row(
-            f"RLHF gains from prompts that nobody has compared: against {other}", "SUSTech",
+            f"RLHF gains from prompts that nobody has compared: against {other}", "Austin",
             verdict(differences(fraction["PPO on 48 prompts"], fraction[other])), figure, args.few_seeds))
     return {"rows": rows, "pairs": len(labelled), "fraction": fraction, "gold": gold}
 
@@ -670,7 +671,7 @@ def claim_no_kl(args: Args) -> dict:
             for beta, x in mean.items() if beta != "SFT")
         rows.append(row(
             f"Maximizing a learned reward without KL does not work: wins against SFT, {pairs:,} pairs",
-            "Chicago, CS234, alignment notes", lost("win", policies), figure, args.few_seeds))
+            "Chicago", lost("win", policies), figure, args.few_seeds))
         figure = "; ".join(
             f"{beta}: {x['entropy']} nats a response, distinct-2 {x['distinct2']}"
             for beta, x in mean.items())
@@ -735,7 +736,7 @@ def claim_overoptimization(args: Args) -> dict:
             r2 = {name: column(column(found[method], name), "r2") for name in FORMS}
             rows.append(row(
                 f"Gold reward of {method} is {form}, closer than {other}: {pairs:,} pairs",
-                "alignment notes; arXiv:2210.10760", verdict(differences(r2[form], r2[other])),
+                "arXiv:2210.10760", verdict(differences(r2[form], r2[other])),
                 f"R² {shown(r2[form])} against {shown(r2[other])}", len(found[method])))
     more = more_of_best(args, figures["20000"]["curves"])
     rows.append(row(
@@ -801,7 +802,7 @@ def claim_ratings(args: Args) -> dict:
         point = curves[1000][spreads.index(spread)]
         rows.append(row(
             f"Comparisons order answers better than as many ratings: raters {raters}",
-            "CS234, alignment notes", verdict(gaps[1000, spread]),
+            "Chicago, CS234, SUSTech", verdict(gaps[1000, spread]),
             f"pairs in order, 1,000 labels: compared {point['compared']}, rated {point['rated']}; the curves "
             f"cross at a spread of the scales of ({where})", args.worlds))
     return {"rows": rows, "curves": curves, "crossings": crossings}
