@@ -591,7 +591,7 @@ def picture(methods: dict, curve: list, file: str) -> None:
         kl, gold = row["kl"], row["gold"]
         axes.errorbar(kl["mean"], gold["mean"], xerr=kl["se"], yerr=gold["se"], fmt="o", capsize=2)
         height = max(gold["mean"], height + 0.15)  # of the label, clear of the one below
-        axes.text(kl["mean"] + 0.1, height, name, fontsize=9, verticalalignment="center")
+        axes.text(kl["mean"] + (kl["se"] or 0) + 0.1, height, name, fontsize=9, verticalalignment="center")
     axes.set(xlabel="KL(policy || SFT), nats a response", ylabel="gold reward, held-out prompts",
              xlim=(-0.2, 1.35 * max(row["kl"]["mean"] for row in methods.values())))
     axes.legend(loc="lower right")
