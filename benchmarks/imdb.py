@@ -1,7 +1,7 @@
 """Real reviews: what DPO, PPO, GRPO, preferred fine-tuning and best-of-n buy for the KL that they spend.
 
     python benchmarks/imdb.py
-    python benchmarks/imdb.py --model gpt2-large --folder runs/imdb-gpt2 --output imdb-gpt2 --max-tokens 64
+    python benchmarks/imdb.py --model gpt2-large --max-tokens 64 --folder runs/gpt2 --output runs/gpt2-imdb
 
 The controlled sentiment experiment of arXiv:2305.18290 (Sec. 6, left of Fig. 2): film reviews are continued
 from their first 2 to 8 tokens, and ought to be positive. Each command is printed and can be run by hand.
