@@ -221,3 +221,6 @@ def test_figures_in_the_text_are_those_of_the_results():
     assert f"right answers from {first:.3f} to {last:.3f}" in section
     first, last = harmless["before"]["eval/loss"], harmless["after"]["eval/loss"]
     assert f"{harmless['accuracy']:.3f}, and the loss rises from {first:.3f} to {last:.3f}" in section
+    ppo = experiments["ppo_polite"]
+    assert f"{ppo['cpu_seconds']} CPU seconds, {ppo['peak_gib']} GiB" in section
+    assert f"has moved {ppo['kl']:.2f} nats" in section
