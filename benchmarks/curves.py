@@ -2,7 +2,7 @@
 
     python benchmarks/curves.py runs/ppo                      one run, finished or not
     python benchmarks/curves.py runs/ppo runs/other runs/dpo  several, in one picture
-    python benchmarks/curves.py --record runs/curves          makes reference and sick runs again: 20 minutes
+    python benchmarks/curves.py --record runs/curves          makes reference and sick runs again: 25 minutes
 
 Two things are looked at, both in metrics.jsonl:
 1. Signs of sickness, `SIGNS`, for any model and data: each has a figure, a limit, and what to do.
