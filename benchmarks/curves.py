@@ -2,7 +2,7 @@
 
     python benchmarks/curves.py runs/ppo                      one run, finished or not
     python benchmarks/curves.py runs/ppo runs/other runs/dpo  several, in one picture
-    python benchmarks/curves.py --record runs/curves          makes reference and sick runs again: 20 minutes
+    python benchmarks/curves.py --record runs/curves          makes reference and sick runs again: 25 minutes
 
 Two things are looked at, both in metrics.jsonl:
 1. Signs of sickness, `SIGNS`, for any model and data: each has a figure, a limit, and what to do.
@@ -140,9 +140,18 @@ def kl_of_the_first_tenth(log) -> float:
     return max(values[: max(len(values) // 10, 1)])
 
 
+def is_solved(log) -> bool:
+    """Nine responses in ten are right, of a reward of 1 for right and 0 for wrong: then all may be alike."""
+    return last("pass_at_1")(log) > 0.9
+
+
 def entropy_left(log) -> float:
     name = "policy/entropy" if log.script == "ppo" else "entropy"
-    return log.end(name) / next(iter(log.parts(name).values()))
+    return math.nan if is_solved(log) else log.end(name) / next(iter(log.parts(name).values()))
+
+
+def groups_without_variance(log) -> float:
+    return math.nan if is_solved(log) else log.end("frac_reward_zero_std")
 
 
 def rise(log) -> float:
@@ -157,9 +166,17 @@ def fall_in_margins(log) -> float:
     return -log.end("rewards/chosen") / margin if margin > 0.05 else math.nan
 
 
+def chance(log) -> float:
+    """The loss of a coin: log 2. Where DPO starts, which is another value for IPO."""
+    return log.start("loss") if log.script == "dpo" else math.log(2)
+
+
 def of_chance(log) -> float:
-    """The last loss on held-out pairs over that of a coin: log 2, for DPO the loss at its start."""
-    return last("loss")(log) / (log.start("loss") if log.script == "dpo" else math.log(2))
+    return last("loss")(log) / chance(log)
+
+
+def largest_of_chance(log) -> float:
+    return max(log.parts("loss").values()) / chance(log)
 
 
 def last(name):
@@ -168,6 +185,11 @@ def last(name):
 
 def last_rate(log) -> float:
     return log.evaluations[-1].get("completions/eos_rate", math.nan) if log.evaluations else math.nan
+
+
+def rate_left(log) -> float:
+    first = log.evaluations[0].get("completions/eos_rate", 0.0) if log.evaluations else 0.0
+    return last_rate(log) / first if first else math.nan
 
 
 class Sign(NamedTuple):
@@ -210,23 +232,23 @@ OF_SAMPLERS = [
 SIGNS = {  # script -> its signs, causes before effects
     "ppo": OF_SAMPLERS,
     "grpo": OF_SAMPLERS + [
-        Sign("groups without variance", "their share at the end", lambda log: log.end("frac_reward_zero_std"),
-             "below", 0.5, "solved or hopeless: other prompts, a finer reward, more --num-generations"),
+        Sign("groups without variance", "their share at the end", groups_without_variance, "below", 0.5,
+             "solved or hopeless: other prompts, a finer reward, more --num-generations"),
     ],
     "dpo": [
         Sign(OTHER_START, "margin before training", lambda log: abs(log.start("rewards/margins")),
              "below", 0.01, "the loss has to start at log 2 = 0.693"),
-        Sign(LABELS, "held-out loss at the end, of chance's", of_chance, "below", 0.98, READ_LABELS),
-        Sign(RATE, "largest loss; log 2 = 0.693 is chance", largest("loss"), "below", 0.8, SLOWER),
+        Sign(RATE, "largest loss, of chance's", largest_of_chance, "below", 1.15, SLOWER),
         Sign(RATE, "fall of chosen at the end, in margins", fall_in_margins, "below", 3.0,
              f"{SLOWER}, or raise --beta: probability leaves both sides"),
+        Sign(LABELS, "held-out loss at the end, of chance's", of_chance, "below", 0.98, READ_LABELS),
         Sign(OVERFIT, "held-out loss at the end, of the least", rise, "below", 1.1, FEWER),
-        Sign("samples do not end", "share that ends with an EOS at the end", last_rate, "above", 0.5,
+        Sign("samples do not end", "share that ends with an EOS, of the start's", rate_left, "above", 0.5,
              "lower --learning-rate or raise --beta"),
     ],
     "reward_model": [
+        Sign(RATE, "largest loss, of chance's", largest_of_chance, "below", 1.15, SLOWER),
         Sign(LABELS, "held-out loss at the end, of chance's", of_chance, "below", 0.98, READ_LABELS),
-        Sign(RATE, "largest loss; log 2 = 0.693 is chance", largest("loss"), "below", 0.8, SLOWER),
         Sign(OVERFIT, "held-out loss at the end, of the least", rise, "below", 1.1, FEWER),
         Sign("rewards are over-confident", "calibration error at the end", last("ece"), "below", 0.1, FEWER),
     ],
@@ -373,6 +395,7 @@ def draw(named_logs, file) -> None:
 SEEDS = (1, 2, 3, 4, 5)  # of the band
 UNSEEN = {  # healthy runs that the band does not know: a sixth seed, or an SFT model of another seed
     "ppo-other-6": ("ppo", "--seed 6 --model {folder}/sft-1/model --reward {folder}/reward_model-1/model"),
+    "dpo-other-6": ("dpo", "--seed 6 --model {folder}/sft-1/model"),
     "grpo-other-2": ("grpo", "--seed 2 --model {folder}/sft-1/model"),
     "grpo-other-3": ("grpo", "--seed 3 --model {folder}/sft-1/model"),
     "grpo-other-4": ("grpo", "--seed 4 --model {folder}/sft-1/model"),

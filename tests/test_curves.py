@@ -97,7 +97,7 @@ HEALTHY = {
 ENDS = {
     "ppo": [{"eval/objective/kl": 0.0}],
     "grpo": [{"eval/kl": 0.0}],
-    "dpo": [{"eval/rewards/margins": 0.0, "eval/loss": 0.69},
+    "dpo": [{"eval/rewards/margins": 0.0, "eval/loss": 0.69, "completions/eos_rate": 0.8},
             {"eval/loss": 0.5, "eval/rewards/accuracies": 0.7, "completions/eos_rate": 1.0}],
     "reward_model": [{"eval/loss": 0.7}, {"eval/loss": 0.5, "eval/accuracy": 0.7, "eval/ece": 0.02}],
     "sft": [{"eval/loss": 3.0}, {"eval/loss": 1.3, "completions/eos_rate": 1.0}],
@@ -153,6 +153,20 @@ SICK = [
 @pytest.mark.parametrize("script, change, sickness", SICK)
 def test_each_sign_appears_on_its_trouble_and_on_no_other(script, change, sickness):
     assert verdict(made(script, **change), [])["verdict"] == f"sick: {sickness}"
+
+
+def test_a_solved_task_may_have_one_answer():
+    """Right for nine in ten: no entropy and no variance are left, and that is no sickness."""
+    alike = {"entropy": lambda step: 1 - step / 52, "frac_reward_zero_std": 0.9}
+    for rate, word in ((0.95, "healthy"), (0.5, "sick: the entropy collapses, groups without variance")):
+        log = made("grpo", last={"eval/pass_at_1": rate}, **alike)
+        assert verdict(log, [])["verdict"] == word
+
+
+def test_ipo_starts_at_another_loss():
+    """(1 / (2 beta))^2 = 25 at beta 0.1: chance is what the run starts with."""
+    ends = {"first": {"eval/loss": 25.0}, "last": {"eval/loss": 20.0}}
+    assert verdict(made("dpo", loss=lambda step: 25 - step / 10, **ends), [])["verdict"] == "healthy"
 
 
 def test_each_sickness_is_tried():
