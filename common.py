@@ -508,7 +508,7 @@ def fail(message):
     line = " ".join(str(message).split())[:1000]
     if ranks()[0]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)  # if rank 0 says it too, torchrun ends this process by then
+        time.sleep(30)  # if rank 0 says it too, torchrun ends this process by then
     print(f"error: {line}", file=sys.__stderr__ if ranks()[0] else sys.stderr, flush=True)
     raise SystemExit(2) from None  # by which `blame` knows it
 
