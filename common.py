@@ -1193,10 +1193,10 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
         with without_adapters(reference):
             batch["ref_logprobs"] = per_token(score_reference, batch, args.micro_batch_size, policy.device)
     scores = score(rows, prompts, responses_of(batch)).cpu()  # NaN where a reward gives None
-    if scores.isnan().all(1).any():
+    weights = scores.new_tensor(args.reward_weights or [1.0] * len(args.reward))
+    if scores.isnan()[:, weights != 0].all(1).any():  # a reward of weight 0 is only watched
         fail(f"--reward {' '.join(args.reward)}: None for a completion: at least one has to score it")
     finished = ended(batch, eos_ids)
-    weights = scores.new_tensor(args.reward_weights or [1.0] * len(args.reward))
     rewards = (scores * weights).nansum(1) - args.missing_eos_penalty * ~finished
     kl = kl_estimate(batch["logprobs"], batch["ref_logprobs"], "k1").sum(1)
     return batch, {"scores": scores, "rewards": rewards, "kl": kl, "entropy": -batch["logprobs"].sum(1),

@@ -447,3 +447,13 @@ def test_bad_file_to_score(refused, starts, tmp_path, rows):
     error = refused(score=path, output_dir=str(starts / "reward1"))
     assert (f"{path}:2" if rows else path) in error
     assert not (tmp_path / "bad.scores.jsonl").exists()
+
+
+@scripts(*SAMPLERS)
+def test_a_watched_reward_does_not_stand_in_for_none(script, refused, tmp_path):
+    """With weight 0 it is no score: a response that no other reward judges would be worth 0 without a word."""
+    path = tmp_path / "both.py"
+    path.write_text("def none(prompts, completions, **columns):\n    return [None] * len(prompts)\n\n\n"
+                    "def one(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
+    specs = script.flag("reward", f"{path}:none", f"{path}:one")
+    assert "None for a completion" in refused(**specs, reward_weights=(1.0, 0.0))
