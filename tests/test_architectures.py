@@ -10,6 +10,7 @@ import runpy
 import shutil
 import string
 import sys
+import types
 import warnings
 
 import pytest
@@ -19,7 +20,7 @@ from conftest import ROOT
 from tiny_runs import DATA, launch, read, scripts, write
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import sample
+from common import lighten, sample, sequence_logprobs
 
 TOLERANCE = 1e-4  # nats; those that are right are right to 1e-5 in float32, those that are wrong often by 1 and more
 
@@ -322,3 +323,19 @@ def test_each_class_is_right_or_refused(label, script, trained, filters, tmp_pat
         assert str(folder) in stderr or name in stderr
         assert not [row for row in metrics if row["step"] > 0] and not (run / "model").exists()
         assert label not in RIGHT, stderr
+
+
+@pytest.mark.parametrize("label", ["gpt2", "qwen2_moe", "phimoe", "gemma3 of text", "granitemoe", "gpt_neo", "olmo2", "olmoe",
+                                   "deepseek_v3", "jamba", "bamba", "lfm2"])
+def test_frozen_layers_in_16_bits_change_no_product(label, filters, tmp_path):
+    """Routers and latent attention too: what no layer multiplies in 16 bits under autocast must stay in 32."""
+    model = load(save_random(*CASES[label], tmp_path / "random")).requires_grad_(False)
+    ids = torch.tensor([[5, 9, 14, 20, 33, 41, 7], [5, 9, 14, 22, 30, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0, 0]]).bool()
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    with torch.no_grad(), autocast():
+        want = sequence_logprobs(model, ids, mask)
+    lighten(types.SimpleNamespace(lora_rank=0, shard=False), autocast, model)
+    assert torch.bfloat16 in {p.dtype for p in model.parameters()}
+    with torch.no_grad(), autocast():
+        assert torch.equal(sequence_logprobs(model, ids, mask), want)
