@@ -57,7 +57,7 @@ import sft  # noqa: E402
 from common import (  # noqa: E402
     _logits, head_of, learning_rate, load_model, load_prompts, load_reward, pad, read_rows, responses_of,
     sample, shuffled, states, use_rows)
-from frontier import frontier_at, kl_to, tilted  # noqa: E402
+from frontier import frontier_at, kl_to, tilted, win_rate  # noqa: E402
 from gold_reward import ASPECTS  # noqa: E402
 from logprob import hardware, version  # noqa: E402
 
@@ -392,17 +392,6 @@ def run_seed(args: Args, seed: int, whole: bool) -> dict:
 
 
 # ---- The judge ----
-
-
-def win_rate(values, weights, ref_values):
-    """Mean over prompts of E[sigma(r_a - r_b)]: values (prompts, n) of a with weights, (prompts, n) too,
-    which sum to 1, and ref_values (prompts, N) of b.
-    """
-    rates = []
-    for v, w, ref in zip(values, weights, ref_values):
-        wins = torch.sigmoid(v[:, None] - ref).mean(1)  # (n,)
-        rates.append((w * wins).sum())
-    return torch.stack(rates).mean().item()
 
 
 def figures(values, weights, kl, ref_values) -> dict:

@@ -42,6 +42,7 @@ import grpo  # noqa: E402
 import ppo  # noqa: E402
 import reward_model  # noqa: E402
 import sft  # noqa: E402
+import frontier  # noqa: E402
 from bandit_lessons import order_recovered  # noqa: E402
 from common import (  # noqa: E402
     ended, fail, load_model, load_reward, pad, read_rows, responses_of, sample)
@@ -287,8 +288,7 @@ def measure(args: Args, seed: int, folder: Path, learned: str = "") -> dict:
 
 def win_rate(gold: torch.Tensor, other: torch.Tensor) -> float:
     """Mean of sigma(r - r') over all pairs of a prompt: gold (prompts, n), other (prompts, m)."""
-    wins = [torch.sigmoid(a[:, None] - b[None, :]).mean() for a, b in zip(gold, other)]
-    return torch.stack(wins).mean().item()
+    return frontier.win_rate(gold, torch.full_like(gold, 1 / gold.shape[1]), other)
 
 
 def distinct(responses: list[list[int]], number: int, n: int) -> float:

@@ -118,6 +118,17 @@ def kl_to(policy, reference, batch: dict, size: int, skip: int = 0) -> torch.Ten
     return per_token(exact, batch, size, policy.device).sum(1)
 
 
+def win_rate(values, weights, ref_values):
+    """Mean over prompts of E[sigma(r_a - r_b)]: values (prompts, n) of a with weights, (prompts, n) too,
+    which sum to 1, and ref_values (prompts, N) of b.
+    """
+    rates = []
+    for v, w, ref in zip(values, weights, ref_values):
+        wins = torch.sigmoid(v[:, None] - ref).mean(1)  # (n,)
+        rates.append((w * wins).sum())
+    return torch.stack(rates).mean().item()
+
+
 def main(args: Args) -> dict:
     torch.set_num_threads(1)
     device = torch.device("cpu")

@@ -126,11 +126,13 @@ def main(args: Args) -> dict:
     for world, shard in [(1, False), (2, False), (2, True)]:
         options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(args).items()
                    if name not in ("worker", "shard", "folder", "output")]
-        options += [f"--folder={tempfile.mkdtemp()}"] + ["--shard"] * shard
+        options += ["--shard"] * shard
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
         torchrun += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(world)]
-        process = subprocess.run(
-            [*torchrun, __file__, "--worker", *options], check=True, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory() as folder:
+            process = subprocess.run(
+                [*torchrun, __file__, "--worker", f"--folder={folder}", *options],
+                check=True, capture_output=True, text=True)
         run = json.loads(process.stdout.splitlines()[-1]) | {"ranks": world, "shard": shard}
         run["formula"] = formula(run["parameters"], world, shard, run["micro_batches"])
         table["runs"].append(run)

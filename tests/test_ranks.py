@@ -219,8 +219,8 @@ def torchrun(n, *arguments, endpoint="localhost:0", nodes=1, **options):
 
 
 def test_two_agents_are_two_nodes(fleet, starts, tmp_path):
-    """The README's command for several nodes, both on this machine; the missing start is not made by each."""
-    flags = {name: value for name, value in job("sft", starts, tmp_path, "nodes")["flags"].items()}
+    """The README's command for several nodes, both on this machine."""
+    flags = job("sft", starts, tmp_path, "nodes")["flags"]
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
