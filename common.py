@@ -24,7 +24,7 @@ import warnings
 import zlib
 from dataclasses import asdict
 from functools import lru_cache, partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -743,9 +743,12 @@ def read_rows(path, *layouts, split="train"):
         if not any(row.keys() >= set(layout.split()) for layout in layouts or [""]):
             fail(f"{where}: needs {' | '.join(layouts)}; has {sorted(row)}: see data/convert.py")
         for name, value in row.items():
-            is_text = isinstance(value, str) and not WRITTEN_LIST.match(value)
-            if name in TEXTS and not is_text and not isinstance(value, list) or name in MEDIA and value:
-                fail(f"{where}: {name}: only text, or a list of messages with role and content, can be used")
+            can_be_used = isinstance(value, str) and not WRITTEN_LIST.match(value)
+            if isinstance(value, list):
+                can_be_used = all(isinstance(message, dict) for message in value)
+            if name in TEXTS and not can_be_used or name in MEDIA and value:
+                fail(f"{where}: {name}: only text, or a list of messages with role and content, can be used: "
+                     "see data/convert.py")
         result.append({**row, "_where": where})
     return result or fail(f"{path}: no rows")
 
@@ -770,33 +773,9 @@ def split_rows(dataset, eval_dataset, *layouts):
     train = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
     return train, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
 
-def explicit_pairs(rows):
-    """Give rows mu, 1 if absent, and the prompt that both sides share: messages, or text of "Assistant:"."""
-    for row in rows:
-        where, prompt = row["_where"], row.get("prompt")
-        chosen, rejected = row["chosen"], row["rejected"]
-        mu = row.setdefault("mu", 1.0)
-        if type(mu) not in (int, float) or not 0 <= mu <= 1:
-            fail(f"{where}: mu is {mu!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
-        if {type(chosen), type(rejected)} not in ({str}, {list}):
-            fail(f"{where}: chosen and rejected must both be text, or both lists of messages")
-        if prompt is None or (type(prompt), type(chosen)) == (str, list):  # lists that repeat such a prompt
-            shared = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected))
-            prompt = chosen[: len(list(shared))]  # characters, or messages
-            if isinstance(chosen, str):
-                prompt = "".join(prompt.rpartition("\n\nAssistant:")[:2])
-            else:
-                prompt = prompt[: min(len(chosen), len(rejected)) - 1]  # the last message is the answer
-            if not prompt:
-                fail(f"{where}: no prompt column, nor a shared beginning: see data/convert.py")
-        elif isinstance(prompt, str) and re.fullmatch(r"\s*\w{1,12}\W*", prompt):  # one word may begin both
-            continue
-        n = len(prompt)
-        if chosen[:n] == prompt == rejected[:n]:  # both repeat it
-            row.update(prompt=prompt, chosen=chosen[n:], rejected=rejected[n:])
-
-def renderer(tokenizer, row, messages):
+def renderer(tokenizer, row, messages, eos_ids=()):
     """The chat template with the row's tools, messages -> text. Refused: what it would leave out."""
+    ends = [tokenizer.eos_token or "\0", *tokenizer.convert_ids_to_tokens(eos_ids)]
     render = partial(tokenizer.apply_chat_template, tools=row.get("tools") or None, tokenize=False,
                      date_string="26 Jul 2024")  # Llama 3's own, in place of today's date
     with blame(f"{row['_where']}: expected messages with role and content that the chat template renders"):
@@ -804,18 +783,23 @@ def renderer(tokenizer, row, messages):
         for i, message in enumerate(messages):
             if isinstance(message["content"], list):  # of parts
                 message["content"] = "".join(part["text"] for part in message["content"]) or None
-            if (tokenizer.eos_token or "\0") in message["role"] + message["content"]:
-                raise ValueError(f"message {i + 1} holds {tokenizer.eos_token}, which would end it")
+            for end in ends:
+                if end in message["role"] + message["content"]:
+                    raise ValueError(f"message {i + 1} holds {end}, which would end it")
             marked.append({**message, "content": message["content"] + f"<message {i}>"})
         text = render(marked)
         for i, message in enumerate(messages):
             if f"<message {i}>" not in text:
                 raise ValueError(f"message {i + 1}, of role {message['role']}, is left out")
+            for name in ("tool_calls", "reasoning_content", "thinking"):
+                less = {**marked[i], name: None}
+                if message.get(name) and render([*marked[:i], less, *marked[i + 1 :]]) == text:
+                    raise ValueError(f"{name} of message {i + 1} is left out")
         if row.get("tools") and text == render(marked, tools=None):
             raise ValueError("the tools are left out")
     return render
 
-def segments_of(tokenizer, row, completion):
+def segments_of(tokenizer, row, eos_ids, completion):
     """A row as [(text, trained?, chat?), ...]; a turn is what is rendered behind its generation prompt."""
     where = row["_where"]
     layouts = ["prompt", completion], ["messages"], ["text"]
@@ -827,7 +811,7 @@ def segments_of(tokenizer, row, completion):
     if types != {list}:
         fail(f"{where}: {' and '.join(names)} must be text, or lists of messages with role and content")
     messages = sum(parts, [])
-    render = renderer(tokenizer, row, messages)
+    render = renderer(tokenizer, row, messages, eos_ids)
     segments, done = [], ""
     for i in range(len(messages)):
         is_prompt = i < max(len(messages) - len(parts[-1]), 1)  # a greeting, too
@@ -858,7 +842,8 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     again, as some tokenizers put a space before a text."""
     bare, begin = words_of(tokenizer)
     newline = bare("\n")
-    segments = [segments_of(tokenizer, row, completion) for row in tqdm(rows, "rows", delay=3, disable=None)]
+    rows_shown = tqdm(rows, "rows", delay=3, disable=None)
+    segments = [segments_of(tokenizer, row, eos_ids, completion) for row in rows_shown]
     texts = [text if k == 0 else "\n" + text for parts in segments for k, (text, *_) in enumerate(parts)]
     distinct = list(dict.fromkeys(texts))  # both sides of a pair have one prompt
     ids_of = {}
@@ -908,6 +893,65 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     if num_dropped == len(rows):
         fail(f"{where}: every prompt fills --max-length {max_length}: raise it")
     return result
+
+def make_comparison(row):
+    """Give a row completions and ranking (1 the best, equal ones a tie) in place of chosen and rejected, mu (1
+    if absent) and the prompt that all completions share: messages, or text up to "Assistant:"."""
+    where, prompt = row["_where"], row.get("prompt")
+    if "completions" not in row:
+        row.update(completions=[row["chosen"], row["rejected"]], ranking=[1, 2])
+    elif row.get("mu", 1.0) != 1.0:
+        fail(f"{where}: mu is for chosen and rejected; give the completions a ranking")
+    answers, ranking = row["completions"], row.get("ranking")
+    if not isinstance(answers, list) or len(answers) < 2:
+        fail(f"{where}: completions must be a list of two or more")
+    if not isinstance(ranking, list) or [type(rank) for rank in ranking] != [int] * len(answers):
+        fail(f"{where}: ranking must be {len(answers)} whole numbers, 1 for the best completion")
+    for name, value in (("mu", row.setdefault("mu", 1.0)), ("p_chosen", row.get("p_chosen", 0.5))):
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            fail(f"{where}: {name} is {value!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
+    if {type(answer) for answer in answers} not in ({str}, {list}):
+        fail(f"{where}: chosen and rejected must both be text, or both lists of messages")
+    is_text = isinstance(answers[0], str)
+    if prompt is None or isinstance(prompt, str) and not is_text:  # such lists repeat it
+        shared = takewhile(lambda column: all(x == column[0] for x in column), zip(*answers))
+        found = answers[0][: len(list(shared))]  # characters, or messages
+        if is_text:
+            found = "".join(found.rpartition("\n\nAssistant:")[:2])
+        else:
+            found = found[: min(map(len, answers)) - 1]  # the last message is the answer
+        if not found or prompt and json.dumps(prompt)[1:-1] not in json.dumps(found, default=str):
+            fail(f"{where}: no prompt column, nor a shared beginning: see data/convert.py")
+        prompt = found
+    elif isinstance(prompt, str) and re.fullmatch(r"\s*\w{1,12}\W*", prompt):  # one word may begin all
+        return
+    n = len(prompt)
+    if all(answer[:n] == prompt for answer in answers):  # they repeat it
+        row.update(prompt=prompt, completions=[answer[n:] for answer in answers])
+    elif not is_text and all("'role': 'user'" in str(answer[:1]) for answer in answers):
+        fail(f"{where}: the answers begin with a user's turn, but do not repeat the prompt")
+
+def load_comparisons(tokenizer, rows, eos_ids, max_length):
+    """Rows to comparisons (completions, ranking, mu, p_chosen or None): K completions, best first, each (ids,
+    trained) with its prompt. Left out: those of which one does not fit, and pairs of the same tokens."""
+    flat = []
+    for row in rows:
+        make_comparison(row)
+        flat += [{**row, "completion": answer} for answer in row["completions"]]
+    encoded = iter(encode(tokenizer, flat, eos_ids, max_length))  # together: a prompt is tokenized once
+    comparisons = []
+    for row in rows:
+        ranking = row["ranking"]
+        completions = list(islice(encoded, len(ranking)))
+        if None not in completions and (len(completions) > 2 or completions[0] != completions[1]):
+            best_first = sorted(range(len(ranking)), key=lambda i: ranking[i])
+            completions = [completions[i] for i in best_first]
+            comparisons.append((completions, sorted(ranking), row["mu"], row.get("p_chosen")))
+    if not comparisons:
+        fail(f"{rows[0]['_where']}: no pair fits in which chosen and rejected differ")
+    if num_dropped := len(rows) - len(comparisons):
+        print(f"{num_dropped} of {len(rows)} pairs dropped: too long, or the same tokens on both sides")
+    return comparisons
 
 def load_prompts(tokenizer, rows, max_prompt_length):
     """Rows to [(row with the columns of all, ids of its prompt), ...] without those that are too long."""

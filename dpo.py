@@ -5,6 +5,8 @@ r"""Direct preference optimization: the policy itself is the reward model. Steps
 
 Eq. 7 of arXiv:2305.18290 for mu = 1. Where preferences follow Bradley-Terry its minimum is the optimum of the
 KL-regularized objective, pi* = pi_ref exp(r / beta) / Z. log pi(y|x) sums over the completion and its EOS.
+A ranking of K completions is repeated choices of the best that is left (Plackett-Luce, Eq. 20 of App. A.3):
+P = prod_k exp(r_k) / sum_{l >= k} exp(r_l), which is the above for K = 2.
 
 What is done differently from the paper, and why:
 1. Soft labels: mu is the share of votes for `chosen`, 0.5 a tie; label smoothing moves it towards 0.5 (cDPO).
@@ -28,8 +30,8 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, check_flags, check_model, clip_gradients, complete, device_of, encode, explicit_pairs, fail,
-    learning_rate, lighten, load_model, make_first, over_ranks, pad, sequence_logprobs, shares, shuffled,
+    Run, check_flags, check_model, clip_gradients, complete, device_of, fail, learning_rate, lighten,
+    load_comparisons, load_model, make_first, over_ranks, pad, sequence_logprobs, shares, shuffled,
     split_rows, to_device, to_floats)
 
 
@@ -49,13 +51,13 @@ class Args:
     track: bool = False  # log to Weights & Biases too
     # data
     model: str = "runs/sft/model"  # folder or Hub id: start and reference; sft.py makes the default one
-    dataset: str = "data/preferences.jsonl"  # file or Hub id: chosen, rejected, optionally prompt and mu
+    dataset: str = "data/preferences.jsonl"  # file, Hub id: chosen, rejected | prompt, completions, ranking
     eval_dataset: str = ""  # held-out rows; empty: the data set's own test file, else one prompt in twenty
     max_length: int = 512  # tokens of prompt and completion; cuts longer completions, drops longer prompts
     # optimization
-    num_train_epochs: int = 1  # passes over the pairs (1 to 3; it overfits soon)
-    batch_size: int = 64  # pairs per optimizer step
-    micro_batch_size: int = 64  # pairs per forward pass: a lower one saves memory, same gradient
+    num_train_epochs: int = 1  # passes over the comparisons (1 to 3; it overfits soon)
+    batch_size: int = 64  # comparisons, that is pairs or rankings, per optimizer step
+    micro_batch_size: int = 64  # comparisons per forward pass: a lower one saves memory, same gradient
     learning_rate: float = 5e-4  # peak of AdamW (5e-7 to 5e-6 with a pretrained model)
     warmup_steps: int = 10  # optimizer steps of linear warm-up
     anneal_lr: bool = True  # decay linearly to 0 after the warm-up
@@ -95,49 +97,55 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def load_pairs(tokenizer, rows, eos_ids, max_length):
-    """Rows to pairs (chosen, rejected, mu), chosen and rejected being (ids, trained) with the same prompt."""
-    explicit_pairs(rows)
-    flat = [{**row, "completion": row[side]} for row in rows for side in ("chosen", "rejected")]
-    encoded = encode(tokenizer, flat, eos_ids, max_length)  # together, so that a prompt is tokenized once
-    pairs = [(c, r, row["mu"]) for c, r, row in zip(encoded[::2], encoded[1::2], rows) if c and r and c != r]
-    if not pairs:
-        fail(f"{rows[0]['_where']}: no pair fits in which chosen and rejected differ")
-    if num_dropped := len(rows) - len(pairs):
-        print(f"{num_dropped} of {len(rows)} pairs dropped: too long, or the same tokens on both sides")
-    return pairs
-
-
-def collate(pairs, device):
-    """B pairs as 2B rows, chosen first, padded on the right: input_ids (2B, T), trained (2B, T), mu (B,)."""
-    rows = [pair[side] for side in (0, 1) for pair in pairs]  # 2B rows
+def collate(comparisons, device):
+    """The N completions of B comparisons, padded on the right: input_ids and trained (N, T); mu (B,); present
+    (B, K), which of the K completions of the longest comparison each has."""
+    rows = [row for completions, *_ in comparisons for row in completions]
     trained = [trained for _, trained in rows]
-    mu = torch.tensor([mu for *_, mu in pairs], dtype=torch.get_default_dtype())
-    return pad([ids for ids, _ in rows], device), pad(trained, device, False), to_device(mu, device)
+    mu = torch.tensor([mu for _, _, mu, _ in comparisons], dtype=torch.get_default_dtype())
+    present = [[True] * len(completions) for completions, *_ in comparisons]
+    return (pad([ids for ids, _ in rows], device), pad(trained, device, False), to_device(mu, device),
+            pad(present, device, False))
+
+
+def completion_logps(model, input_ids, trained, present):
+    """log pi(y|x), summed over a completion and its EOS, 0 where there is none: (N, T) -> (B, K)."""
+    logps = sequence_logprobs(model, input_ids, trained).sum(1)  # (N,)
+    return logps.new_zeros(present.shape).masked_scatter(present, logps)
 
 
 @torch.no_grad()
-def reference_logps(model, pairs, args, autocast):
-    """log pi_ref(y|x) of chosen and rejected: (len(pairs), 2), on the CPU."""
-    result = torch.zeros(len(pairs), 2, device=model.device)
-    for s in tqdm(shares(len(pairs), args.micro_batch_size), "reference", disable=None):
-        input_ids, trained, _ = collate(pairs[s], model.device)
+def reference_logps(model, comparisons, args, autocast):
+    """log pi_ref(y|x) of all completions: (len(comparisons), K), on the CPU."""
+    K = max(len(completions) for completions, *_ in comparisons)
+    result = torch.zeros(len(comparisons), K, device=model.device)
+    for s in tqdm(shares(len(comparisons), args.micro_batch_size), "reference", disable=None):
+        input_ids, trained, _, present = collate(comparisons[s], model.device)
         with autocast():
-            logps = sequence_logprobs(model, input_ids, trained).sum(1)  # (2b,)
-        result[s] = logps.view(2, -1).T  # (b, 2)
+            logps = completion_logps(model, input_ids, trained, present)
+        result[s, : logps.shape[1]] = logps
     return over_ranks(result).cpu()
 
 
-def forward(model, pairs, ref_logps, args, autocast):
-    """(losses (B,), metrics as sums over the B pairs), chosen and rejected in one forward pass.
-    rewards/accuracies is the share of votes the implicit reward agrees with: mu or 1 - mu, 0.5 at margin 0.
+def forward(model, comparisons, ref_logps, args, autocast):
+    """(losses (B,), metrics as sums over the B comparisons), all completions in one forward pass. Chosen is a
+    ranking's best, and rejected its worst. rewards/accuracies is the share of votes the implicit reward agrees
+    with: mu or 1 - mu, 0.5 at margin 0.
     """
-    input_ids, trained, mu = collate(pairs, model.device)
+    input_ids, trained, mu, present = collate(comparisons, model.device)
     with autocast():
-        chosen, rejected = sequence_logprobs(model, input_ids, trained).sum(1).chunk(2)  # (B,) each
-    ref_chosen, ref_rejected = to_device(ref_logps, model.device).unbind(1)
+        logps = completion_logps(model, input_ids, trained, present)  # (B, K)
+    ref_logps = to_device(ref_logps[:, : logps.shape[1]], model.device)
+    worst = present.sum(1, keepdim=True) - 1  # (B, 1): its column
+    chosen, ref_chosen = logps[:, 0], ref_logps[:, 0]
+    rejected, ref_rejected = logps.gather(1, worst).squeeze(1), ref_logps.gather(1, worst).squeeze(1)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen, rejected, ref_chosen, ref_rejected, mu, args.beta, args.loss_type, args.label_smoothing)
+    for k, (_, ranking, *_) in enumerate(comparisons):
+        if len(ranking) > 2:
+            from reward_model import plackett_luce_loss  # rankings alone need that file
+            rewards = args.beta * (logps[k] - ref_logps[k])
+            losses[k] = plackett_luce_loss(rewards[: len(ranking)], ranking)  # Eq. 20 of arXiv:2305.18290
     margins = chosen_rewards - rejected_rewards
     votes = 0.5 + (mu - 0.5) * margins.round(decimals=4).sign()  # rounding noise is a tie
     metrics = {"loss": losses, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
@@ -147,14 +155,15 @@ def forward(model, pairs, ref_logps, args, autocast):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, pairs, ref_logps, eos_ids, args, autocast):
-    """(metrics, samples): `forward` on the held-out pairs, and a completion of each of the first prompts."""
+def evaluate(model, tokenizer, comparisons, ref_logps, eos_ids, args, autocast):
+    """(metrics, samples): `forward` on held-out comparisons; completions of the first prompts."""
     totals = {}
-    for s in shares(len(pairs), args.micro_batch_size):
-        _, sums = forward(model, pairs[s], ref_logps[s], args, autocast)
+    for s in shares(len(comparisons), args.micro_batch_size):
+        _, sums = forward(model, comparisons[s], ref_logps[s], args, autocast)
         for name, value in sums.items():
-            totals[f"eval/{name}"] = totals.get(f"eval/{name}", 0.0) + value.double() / len(pairs)
-    prompts = [ids[: trained.index(True)] for (ids, trained), _, _ in pairs[: args.eval_samples]]
+            totals[f"eval/{name}"] = totals.get(f"eval/{name}", 0.0) + value.double() / len(comparisons)
+    first = [completions[0] for completions, *_ in comparisons[: args.eval_samples]]
+    prompts = [ids[: trained.index(True)] for ids, trained in first]
     with autocast():
         lengths, samples = complete(model, tokenizer, prompts, eos_ids, args)
     return to_floats(totals, lengths), samples
@@ -170,11 +179,15 @@ def main(args: Args) -> dict:
     make_first(args.model, Args.model, "sft.py")
 
     # 2. model, data, optimizer; the reference is the start
-    train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset, "chosen rejected")
+    train_rows, held_out_rows = split_rows(
+        args.dataset, args.eval_dataset, "chosen rejected", "prompt completions ranking")
     model, tokenizer, eos_ids = load_model(args.model, args, device)
-    train = load_pairs(tokenizer, train_rows, eos_ids, args.max_length)
-    held_out = load_pairs(tokenizer, held_out_rows, eos_ids, args.max_length)
-    check_model(model, [ids for pair in train + held_out for ids, _ in pair[:2]])
+    train = load_comparisons(tokenizer, train_rows, eos_ids, args.max_length)
+    held_out = load_comparisons(tokenizer, held_out_rows, eos_ids, args.max_length)
+    is_ranking = [len(ranking) > 2 for _, ranking, *_ in train + held_out]
+    if any(is_ranking) and (args.loss_type == "ipo" or args.label_smoothing):
+        fail(f"{args.dataset}: --loss-type ipo and --label-smoothing are for pairs, and these are rankings")
+    check_model(model, [ids for completions, *_ in train + held_out for ids, _ in completions])
     lighten(args, autocast, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
@@ -204,10 +217,10 @@ def main(args: Args) -> dict:
         epoch, position = divmod(step, steps_per_epoch)
         start = position * args.batch_size
         index = shuffled(len(train), args.seed, epoch)[start : start + args.batch_size]
-        index = sorted(index, key=lambda i: sum(len(ids) for ids, _ in train[i][:2]))  # less padding
+        index = sorted(index, key=lambda i: sum(len(ids) for ids, _ in train[i][0]))  # less padding
         batch = [train[i] for i in index]
-        ref_batch = ref_train[index]  # (B, 2)
-        batch_tokens = sum(len(chosen) + len(rejected) for (chosen, _), (rejected, _), _ in batch)
+        ref_batch = ref_train[index]  # (B, K)
+        batch_tokens = sum(len(ids) for completions, *_ in batch for ids, _ in completions)
 
         # 3a. gradient, micro-batch by micro-batch
         totals = {}

@@ -24,7 +24,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +35,8 @@ import tyro
 from tqdm import tqdm
 
 from common import (
-    Run, blame, check_flags, check_model, clip_gradients, device_of, encode, explicit_pairs, fail,
-    learning_rate, lighten, load_model, make_first, pad, read_rows, read_scores, shares, shuffled, split_rows,
+    Run, blame, check_flags, check_model, clip_gradients, device_of, encode, fail, learning_rate, lighten,
+    load_comparisons, load_model, make_first, pad, read_rows, read_scores, shares, shuffled, split_rows,
     to_device, to_floats, token_values)
 
 
@@ -126,57 +126,15 @@ def wilson(p, n, z=1.96):
     return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
 
 
-def check_comparison(row) -> None:
-    """Refuse a row whose completions, ranking or p_chosen make no sense, naming its file and line."""
-    where, completions, ranking = row["_where"], row["completions"], row.get("ranking")
-    if not isinstance(completions, list) or len(completions) < 2:
-        fail(f"{where}: completions must be a list of two or more")
-    if not isinstance(ranking, list) or [type(rank) for rank in ranking] != [int] * len(completions):
-        fail(f"{where}: ranking must be {len(completions)} whole numbers, 1 for the best completion")
-    p = row.get("p_chosen", 0.5)
-    if type(p) not in (int, float) or not 0 <= p <= 1:
-        fail(f"{where}: p_chosen is {p!r}; expected the probability that chosen is preferred")
-
-
-def load_comparisons(tokenizer, rows, eos_ids, max_length):
-    """Rows to comparisons (completions, ranking, pairs, p_chosen or None): K completions with their prompt as
-    lists of token ids, and for each two of them (i, j, mu), i not the worse one by the ranking."""
-    explicit_pairs([row for row in rows if "completions" not in row])
-    flat = []  # the completions of all rows, to be tokenized together
-    for row in rows:
-        if "completions" not in row:
-            row.update(completions=[row["chosen"], row["rejected"]], ranking=[1, 2])
-        elif row.get("mu", 1.0) != 1.0:
-            fail(f"{row['_where']}: mu is for chosen and rejected; give the completions a ranking")
-        check_comparison(row)
-        flat += [{**row, "completion": text} for text in row["completions"]]
-    encoded = iter(encode(tokenizer, flat, eos_ids, max_length))
-    comparisons = []
-    for row in rows:
-        ranking = row["ranking"]
-        completions = [kept and kept[0] for kept in islice(encoded, len(ranking))]
-        best_first = sorted(range(len(ranking)), key=lambda i: ranking[i])
-        pairs = []
-        for i, j in combinations(best_first, 2):
-            mu = 0.5 if ranking[i] == ranking[j] else row.get("mu", 1.0)
-            pairs.append((i, j, mu))
-        if None not in completions and (len(completions) > 2 or completions[0] != completions[1]):
-            comparisons.append((completions, ranking, pairs, row.get("p_chosen")))
-    if not comparisons:
-        fail(f"{rows[0]['_where']}: no pair fits in which chosen and rejected differ")
-    if num_dropped := len(rows) - len(comparisons):
-        print(f"{num_dropped} of {len(rows)} pairs dropped: too long, or the same tokens on both sides")
-    return comparisons
-
-
 def collate(comparisons, device):
     """The N completions of B comparisons, padded on the right: input_ids (N, T), last (N, T) True at each
     row's last token; and their M pairs: first and second (M,) as rows, mu (M,), owner (M,) the comparison."""
     rows, pairs = [], []
-    for owner, (completions, _, own_pairs, _) in enumerate(comparisons):
-        start = len(rows)
-        pairs += [(start + i, start + j, mu, owner) for i, j, mu in own_pairs]
-        rows += completions
+    for owner, (completions, ranking, mu, _) in enumerate(comparisons):
+        for i, j in combinations(range(len(ranking)), 2):  # i is not the worse one
+            is_tie = ranking[i] == ranking[j]
+            pairs.append((len(rows) + i, len(rows) + j, 0.5 if is_tie else mu, owner))
+        rows += [ids for ids, _ in completions]
     last = pad([[False] * (len(ids) - 1) + [True] for ids in rows], device, False)
     pairs = to_device(torch.tensor(pairs, dtype=torch.float64).view(-1, 4), device)
     first, second, owner = pairs[:, [0, 1, 3]].long().unbind(1)
@@ -207,8 +165,9 @@ def forward(model, comparisons, args, autocast):
     input_ids, last, first, second, mu, owner = collate(comparisons, model.device)
     with autocast():
         rewards = token_values(model, input_ids, last).sum(1)  # (N,): it is 0 elsewhere
-    rewards_of = rewards.split([len(completions) for completions, *_ in comparisons])  # B times (K,)
-    num_pairs = to_device(torch.tensor([len(pairs) for *_, pairs, _ in comparisons]), model.device)  # (B,)
+    sizes = [len(completions) for completions, *_ in comparisons]  # B times K
+    rewards_of = rewards.split(sizes)  # B times (K,)
+    num_pairs = to_device(torch.tensor([K * (K - 1) // 2 for K in sizes]), model.device)  # (B,)
     mean = lambda x: x.new_zeros(num_pairs.shape).index_add(0, owner, x) / num_pairs  # (M,) -> (B,)
     losses = mean(bradley_terry_loss(rewards[first], rewards[second], mu))
     if args.loss_type == "plackett_luce" and comparisons:  # two of them are Bradley-Terry already
@@ -247,7 +206,7 @@ def evaluate(model, tokenizer, comparisons, args, autocast):
     samples = []
     rewards = iter(torch.cat(rewards).tolist())  # in the order of the completions
     for k, (completions, ranking, *_) in enumerate(comparisons[: args.eval_samples]):
-        for ids, rank in zip(completions, ranking):
+        for (ids, _), rank in zip(completions, ranking):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             samples.append({"comparison": k, "text": text, "rank": rank, "reward": next(rewards)})
     return metrics, samples, table
@@ -287,7 +246,7 @@ def main(args: Args) -> dict:
     model, tokenizer, eos_ids = load_reward_model(args.model, args, device)
     train = load_comparisons(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_comparisons(tokenizer, held_out_rows, eos_ids, args.max_length)
-    check_model(model, [ids for completions, *_ in train + held_out for ids in completions])
+    check_model(model, [ids for completions, *_ in train + held_out for ids, _ in completions])
     lighten(args, autocast, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
@@ -312,8 +271,8 @@ def main(args: Args) -> dict:
         epoch, position = divmod(step, steps_per_epoch)
         start = position * args.batch_size
         batch = [train[i] for i in shuffled(len(train), args.seed, epoch)[start : start + args.batch_size]]
-        batch.sort(key=lambda comparison: max(map(len, comparison[0])))  # less padding in micro-batches
-        batch_tokens = sum(len(ids) for completions, *_ in batch for ids in completions)
+        batch.sort(key=lambda comparison: max(len(ids) for ids, _ in comparison[0]))  # less padding
+        batch_tokens = sum(len(ids) for completions, *_ in batch for ids, _ in completions)
 
         # 3a. gradient, micro-batch by micro-batch
         totals = {}

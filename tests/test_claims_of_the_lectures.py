@@ -63,7 +63,7 @@ def test_imitation_raises_what_was_rejected_too(starts):
     for path in (DATA / "model", starts / "run1" / "model"):
         model, tokenizer, eos_ids = common.load_model(str(path), args, device)
         rows = [{**row, "_where": ""} for row in head("preferences", 0, 40)]
-        pairs = dpo.load_pairs(tokenizer, [{"mu": 1.0, **row} for row in rows], eos_ids, 512)
+        pairs = common.load_comparisons(tokenizer, rows, eos_ids, 512)
         gains.append(dpo.reference_logps(model, pairs, args, autocast).mean(0))
     chosen, rejected = (gains[1] - gains[0]).tolist()
     assert chosen > 3 and rejected > 3

@@ -8,8 +8,10 @@ import dpo
 import pytest
 import sft
 import torch
-from common import sequence_logprobs
+from common import load_comparisons, sequence_logprobs
 from conftest import flat_gradient, make_model, naive_logprobs, ragged_rows
+from reward_model import plackett_luce_loss
+from tiny_runs import scripts
 
 ARGS = dpo.Args(micro_batch_size=2)
 
@@ -101,8 +103,17 @@ def ragged_pairs():
     ):
         n = trained.index(True)
         rejected = ids[:n] + [t for t, use in zip(other, other_trained) if use]
-        pairs.append(((ids, trained), (rejected, [False] * n + [True] * (len(rejected) - n)), mu))
+        sides = [(ids, trained), (rejected, [False] * n + [True] * (len(rejected) - n))]
+        pairs.append((sides, [1, 2], mu, None))
     return pairs
+
+
+def ragged_comparisons():
+    """Two pairs, and rankings of four and of three completions, one with a tie."""
+    first, second, *others = ragged_pairs()
+    four = [*others[0][0], *first[0]]
+    three = [*others[1][0], second[0][1]]
+    return [first, (four, [1, 2, 3, 4], 1.0, None), second, (three, [1, 1, 2], 1.0, None)]
 
 
 def dpo_gradient(model, pairs, reference, sizes):
@@ -132,12 +143,13 @@ def test_sft_gradient_does_not_depend_on_the_micro_batch(model, sizes):
     assert (mean_of_means - want_gradient).norm() > 0.1 * want_gradient.norm()  # what it must not be
 
 
+@pytest.mark.parametrize("rows", [ragged_pairs, ragged_comparisons], ids=["pairs", "rankings"])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_dpo_gradient_and_metrics_do_not_depend_on_the_micro_batch(model, sizes):
-    reference = dpo.reference_logps(make_model("gpt2", seed=3).double(), ragged_pairs(), ARGS, nullcontext)
+def test_dpo_gradient_and_metrics_do_not_depend_on_the_micro_batch(model, sizes, rows):
+    reference = dpo.reference_logps(make_model("gpt2", seed=3).double(), rows(), ARGS, nullcontext)
     model.double()
-    want, want_gradient = dpo_gradient(model, ragged_pairs(), reference, [4])
-    got, gradient = dpo_gradient(model, ragged_pairs(), reference, sizes)
+    want, want_gradient = dpo_gradient(model, rows(), reference, [4])
+    got, gradient = dpo_gradient(model, rows(), reference, sizes)
     assert got == pytest.approx(want, rel=1e-9)
     assert (gradient - want_gradient).norm() < 1e-9 * want_gradient.norm()
 
@@ -155,7 +167,7 @@ def test_dpo_sums_exactly_the_completions_of_both_halves(model):
     got = dpo.reference_logps(model, pairs, dpo.Args(micro_batch_size=4), nullcontext)
     for i, pair in enumerate(pairs):
         for side in (0, 1):
-            ids, trained = pair[side]
+            ids, trained = pair[0][side]
             want = naive_logprobs(model, ids)[torch.tensor(trained[1:])]
             assert len(want) == [[16, 4, 8, 3], [3, 8, 4, 16]][side][i]
             assert got[i, side].item() == pytest.approx(want.sum().item(), abs=1e-4)
@@ -167,7 +179,7 @@ def test_dpo_sums_exactly_the_completions_of_both_halves(model):
 
 
 def test_at_the_start_the_loss_is_log_2_and_the_gradient_is_not_zero(model):
-    pairs = [(*pair[:2], 1.0) for pair in ragged_pairs()]
+    pairs = [(sides, ranking, 1.0, None) for sides, ranking, *_ in ragged_pairs()]
     reference = dpo.reference_logps(model, pairs, dpo.Args(micro_batch_size=4), nullcontext)
     metrics, gradient = dpo_gradient(model, pairs, reference, [4])
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6) and gradient.norm() > 0.01
@@ -185,6 +197,93 @@ def test_metrics_have_their_sign_and_accuracy_counts_votes(model):
     assert metrics["rewards/chosen"] == pytest.approx(ARGS.beta * 4 / 4, abs=1e-4)
     assert metrics["rewards/rejected"] == pytest.approx(ARGS.beta * 6 / 4, abs=1e-4)
     assert metrics["rewards/accuracies"] == pytest.approx((1 + 0.5 + 0.25 + 0) / 4)
+
+
+# ---- Rankings ----
+
+
+def test_rankings_are_repeated_choices(model):
+    """Against loops over single rows: P = prod_k exp(r_k) / sum_{l >= k} exp(r_l), r = beta log pi / pi_ref; a tie is
+    the mean over both orders. Metrics are of the best and the worst.
+    """
+    other = make_model("gpt2", seed=3)
+    rows = ragged_comparisons()
+    reference = dpo.reference_logps(other, rows, ARGS, nullcontext)
+    assert reference.shape == (4, 4)
+    losses, sums = dpo.forward(model, rows, reference, ARGS, nullcontext)
+    want, chosen, rejected = [], 0.0, 0.0
+    for completions, ranking, mu, _ in rows:
+        rewards = []
+        for ids, trained in completions:
+            mask = torch.tensor(trained[1:])
+            ratio = naive_logprobs(model, ids)[mask].sum() - naive_logprobs(other, ids)[mask].sum()
+            rewards.append(ARGS.beta * ratio.item())
+        orders = [rewards]
+        if ranking == [1, 1, 2]:
+            orders.append([rewards[1], rewards[0], rewards[2]])
+        nll = [sum(math.log(sum(map(math.exp, r[k:]))) - r[k] for k in range(len(r))) for r in orders]
+        if mu != 1.0:  # a soft label, of a pair
+            backwards = math.log(sum(map(math.exp, rewards))) - rewards[1]
+            nll = [mu * nll[0] + (1 - mu) * backwards]
+        want.append(sum(nll) / len(nll))
+        chosen += rewards[0]
+        rejected += rewards[-1]
+    assert losses.tolist() == pytest.approx(want, abs=2e-4)
+    assert sums["loss"].item() == pytest.approx(sum(want), abs=5e-4)
+    assert sums["rewards/chosen"].item() == pytest.approx(chosen, abs=2e-4)
+    assert sums["rewards/margins"].item() == pytest.approx(chosen - rejected, abs=4e-4)
+
+
+def test_two_in_a_ranking_are_a_pair(bpe_tokenizer):
+    """From the file on: `completions` and `ranking` of two are `chosen` and `rejected`, whichever comes first."""
+    pair = {"_where": "a:1", "prompt": "me~", "chosen": "hello", "rejected": "there"}
+    two = {"_where": "a:1", "prompt": "me~", "completions": ["there", "hello"], "ranking": [2, 1]}
+    assert load_comparisons(bpe_tokenizer, [pair], [2], 99) == load_comparisons(bpe_tokenizer, [two], [2], 99)
+
+
+@pytest.mark.parametrize("h", [-7.0, 0.3, 6.0])
+def test_plackett_luce_of_two_is_dpo(h):
+    rewards = torch.tensor([0.1 * h, 0.0], dtype=torch.float64)
+    assert plackett_luce_loss(rewards, [1, 2]).item() == pytest.approx(loss(h)[0], abs=1e-12)
+
+
+@pytest.mark.parametrize("beta, is_pi_star", [(0.5, True), (1.0, False)])
+def test_dpo_on_population_rankings_reaches_the_optimum(monkeypatch, beta, is_pi_star):
+    """All orders of all triples of five completions, weighted by their Plackett-Luce chances under r: the minimum of
+    `forward`'s losses is pi* = pi_ref exp(r / 0.5) / Z. With another beta it is not.
+    """
+    generator = torch.Generator().manual_seed(7)
+    ref, reward = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    ref = torch.log_softmax(ref, 0)
+    rows, chances = [], []
+    for order in itertools.permutations(range(5), 3):
+        rows.append(([([0, y], [False, True]) for y in order], [1, 2, 3], 1.0, None))
+        r = reward[list(order)]
+        chances.append(math.exp(sum(r[k] - r[k:].logsumexp(0) for k in range(3))))
+    chances = torch.tensor(chances, dtype=torch.float64)
+    policy = torch.nn.Parameter(ref.clone())
+    spread = lambda model, ids, trained: torch.log_softmax(model, 0)[ids] * trained
+    monkeypatch.setattr(dpo, "sequence_logprobs", spread)
+    args = dpo.Args(beta=beta)
+    start = dpo.reference_logps(policy, rows, args, nullcontext).double()
+    optimizer = torch.optim.LBFGS([policy], max_iter=500, tolerance_grad=1e-11, tolerance_change=1e-15,
+                                  line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure():
+        optimizer.zero_grad()
+        value = (chances * dpo.forward(policy, rows, start, args, nullcontext)[0]).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    gap = (torch.log_softmax(policy.detach(), 0) - torch.log_softmax(ref + reward / 0.5, 0)).abs().max()
+    assert (gap < 1e-3) == is_pi_star and (is_pi_star or gap > 0.3)
+
+
+@scripts("dpo")
+def test_options_of_pairs_are_refused_for_rankings(refused):
+    for flags in ({"loss_type": "ipo"}, {"label_smoothing": 0.1}):
+        assert "are for pairs" in refused(dataset="data/rankings.jsonl", **flags)
 
 
 # ---- the optimum ----

@@ -220,26 +220,37 @@ def own_score(model, ids):
     return model(input_ids=torch.tensor([ids])).logits[0, 0]
 
 
-COMPLETIONS = [[16, 3], [4, 9, 6], [8, 2, 12, 5], [7, 11]]  # tokens, ragged, and as many as K differ
-RANKINGS = [[1, 2], [2, 1, 2], [2, 1, 3, 1], [2, 1]]
+COMPLETIONS = [[16, 3], [9, 4, 6], [2, 5, 8, 12], [11, 7]]  # tokens, ragged, and as many as K differ
+RANKINGS = [[1, 2], [1, 2, 2], [1, 1, 2, 3], [1, 2]]
 MU = [0.3, None, None, None]
 PAIRS = [
     [(0, 1, 0.3)],
-    [(1, 0, 1.0), (1, 2, 1.0), (0, 2, 0.5)],
-    [(1, 3, 0.5), (1, 0, 1.0), (3, 0, 1.0), (1, 2, 1.0), (3, 2, 1.0), (0, 2, 1.0)],
-    [(1, 0, 1.0)],
+    [(0, 1, 1.0), (0, 2, 1.0), (1, 2, 0.5)],
+    [(0, 1, 0.5), (0, 2, 1.0), (0, 3, 1.0), (1, 2, 1.0), (1, 3, 1.0), (2, 3, 1.0)],
+    [(0, 1, 1.0)],
 ]
 CHOSEN_ODDS = [0.3, 0.9, 0.5, 0.6]
 
 
 def make_comparisons(seed=0):
-    """Comparisons of 2, 3, 4 and 2 completions, ties among them, to prompts of 2, 4, 6 and 5 tokens."""
+    """Comparisons (rows of ids, ranking, pairs, p_chosen) of 2, 3, 4 and 2 completions, ties among them, to prompts
+    of 2, 4, 6 and 5 tokens.
+    """
     generator, result = torch.Generator().manual_seed(seed), []
     for k, (prompt, sizes) in enumerate(zip((2, 4, 6, 5), COMPLETIONS)):
         draw = lambda n: torch.randint(3, 97, (n,), generator=generator).tolist()
         ids = draw(prompt)
         rows = [ids + draw(size - 1) + [EOS] for size in sizes]
         result.append((rows, RANKINGS[k], PAIRS[k], CHOSEN_ODDS[k]))
+    return result
+
+
+def loaded(comparisons):
+    """The same as `load_comparisons` gives them."""
+    result = []
+    for rows, ranking, pairs, p_chosen in comparisons:
+        completions = [(ids, [False] * 2 + [True] * (len(ids) - 2)) for ids in rows]
+        result.append((completions, ranking, pairs[0][2] if len(rows) == 2 else 1.0, p_chosen))
     return result
 
 
@@ -266,7 +277,7 @@ LOSS_TYPES = ["pairs", "plackett_luce"]
 def test_each_comparison_is_the_mean_of_its_pairs_or_its_luce_choices(scorer, loss_type):
     comparisons = make_comparisons()
     args = reward_model.Args(device="cpu", loss_type=loss_type)
-    losses, metrics, margins, mu, rewards = reward_model.forward(scorer, comparisons, args, nullcontext)
+    losses, metrics, margins, mu, rewards = reward_model.forward(scorer, loaded(comparisons), args, nullcontext)
     assert losses.shape == (4,) and margins.shape == mu.shape == (1 + 3 + 6 + 1,)
     assert rewards.shape == (2 + 3 + 4 + 2,)
     start = 0
@@ -294,7 +305,7 @@ def test_each_completion_passes_the_model_once(scorer):
         lambda module, args, kwargs: seen.extend(kwargs["input_ids"].tolist()), with_kwargs=True
     )
     rows = make_comparisons()[2][0]
-    _, _, margins, *_ = reward_model.forward(scorer, make_comparisons()[2:3], ARGS, nullcontext)
+    _, _, margins, *_ = reward_model.forward(scorer, loaded(make_comparisons()[2:3]), ARGS, nullcontext)
     assert len(margins) == 6
     assert [row[: len(ids)] for row, ids in zip(seen, rows)] == rows and len(seen) == 4
 
@@ -303,12 +314,12 @@ def test_a_ranking_weighs_as_much_as_a_pair(scorer):
     """Where all rewards are equal, all losses are log 2, and the pulls on each comparison's rewards add up to the
     same whatever K: a pair's 1/2 from each side, or 6 pairs of a sixth.
     """
-    losses, *_ = reward_model.forward(scorer, make_comparisons(), ARGS, nullcontext)
+    losses, *_ = reward_model.forward(scorer, loaded(make_comparisons()), ARGS, nullcontext)
     assert losses.std() > 0.05
     torch.nn.init.zeros_(scorer.score.weight)
     untied = lambda K: [(i, j, 1.0) for i, j in itertools.combinations(range(K), 2)]
     comparisons = [(rows, [1, 2, 3, 4][: len(rows)], untied(len(rows)), None) for rows, *_ in make_comparisons()]
-    losses, metrics, *_ = reward_model.forward(scorer, comparisons, ARGS, nullcontext)
+    losses, metrics, *_ = reward_model.forward(scorer, loaded(comparisons), ARGS, nullcontext)
     assert losses.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-6)
     assert metrics["accuracy"].tolist() == [0.5] * 4  # a margin of 0 is half right, and neither right nor wrong
     for k, (rows, _, pairs, _) in enumerate(comparisons):
@@ -331,13 +342,13 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(scorer, loss_type
     scorer.zero_grad()
     start, total, accuracy = 0, 0.0, 0.0
     for size in sizes:
-        losses, metrics, *_ = reward_model.forward(scorer, comparisons[start : start + size], args, nullcontext)
+        losses, metrics, *_ = reward_model.forward(scorer, loaded(comparisons)[start : start + size], args, nullcontext)
         (losses.sum() / 4).backward()
         start, total = start + size, total + losses.sum().item() / 4
         accuracy += metrics["accuracy"].sum().item() / 4
     assert total == pytest.approx(sum(want).item() / 4, rel=1e-6)
     assert (flat_gradient(scorer) - want_gradient).norm() < 1e-6 * want_gradient.norm()
-    _, metrics, *_ = reward_model.forward(scorer, comparisons, args, nullcontext)
+    _, metrics, *_ = reward_model.forward(scorer, loaded(comparisons), args, nullcontext)
     assert accuracy == pytest.approx(metrics["accuracy"].mean().item(), abs=1e-12)
 
 
@@ -346,14 +357,15 @@ def test_the_same_completion_twice_in_a_ranking_is_half_right(scorer, monkeypatc
     differ by 1e-7: that is no preference, and no more in the other order of the batch.
     """
     rows, *_ = make_comparisons()[2]
-    comparison = ([rows[0], rows[0], rows[2], rows[2]], [1, 2, 3, 3], [(0, 1, 1.0), (2, 3, 0.5)], None)
-    plain = reward_model.forward(scorer, [comparison], ARGS, nullcontext)[1]["accuracy"].item()
+    comparison = loaded([([rows[0], rows[0], rows[2], rows[2]], [1, 2, 3, 3], [], None)])
+    plain = reward_model.forward(scorer, comparison, ARGS, nullcontext)[1]["accuracy"].item()
+    assert min(abs(plain - 1 / 6), abs(plain - 5 / 6)) < 1e-6  # two pairs are half right, and four as the scorer has it
     noise = torch.tensor([[1e-7], [-1e-7], [0.0], [1e-7]])
     for sign in (1, -1):
         rounded = lambda *inputs, sign=sign: token_values(*inputs) + sign * noise
         monkeypatch.setattr(reward_model, "token_values", rounded)
-        accuracy = reward_model.forward(scorer, [comparison], ARGS, nullcontext)[1]["accuracy"].item()
-        assert accuracy == plain == 0.5
+        accuracy = reward_model.forward(scorer, comparison, ARGS, nullcontext)[1]["accuracy"].item()
+        assert accuracy == plain
 
 
 # ---- The token that is read ----
@@ -368,7 +380,7 @@ def value_per_token(model, ids):
 def scores_of(model, rows):
     """The rewards that training sees of these rows, all in one batch: (N,)."""
     comparison = (rows, list(range(len(rows))), [(0, 1, 1.0)], None)
-    return reward_model.forward(model, [comparison], ARGS, nullcontext)[-1]
+    return reward_model.forward(model, loaded([comparison]), ARGS, nullcontext)[-1]
 
 
 LAYOUTS = ["right padding", "left padding", "pad is EOS", "EOS in the prompt", "no padding"]
@@ -748,6 +760,11 @@ def comparisons_of(tokenizer, rows, max_length=512):
     return load_comparisons(tokenizer, rows, [EOS], max_length)
 
 
+def ids_of(comparison):
+    """The token ids of each completion."""
+    return [ids for ids, _ in comparison[0]]
+
+
 def test_pairs_rankings_ties_and_votes(tokenizer):
     sides = {"prompt": "help~", "chosen": "hello", "rejected": "there"}
     three = {"prompt": "me~", "completions": ["hello", "there", "help"]}
@@ -756,14 +773,22 @@ def test_pairs_rankings_ties_and_votes(tokenizer):
             {"prompt": "me~", "completions": ["hello", "there"], "ranking": [2, 1]},
             {"prompt": "me~", "completions": ["hello", "there"], "ranking": [1, 1]}]  # fmt: skip
     comparisons = comparisons_of(tokenizer, rows)
-    want = [{(0, 1, 1.0)}, {(0, 1, 0.3)}, {(0, 1, 0.5)}, {(1, 0, 1.0), (1, 2, 1.0), (2, 0, 1.0)},
-            {(0, 1, 1.0), (2, 1, 1.0), (0, 2, 0.5)}, {(0, 1, 0.5), (0, 2, 0.5), (1, 2, 0.5)},
-            {(1, 0, 1.0)}, {(0, 1, 0.5)}]  # fmt: skip
-    assert [set(pairs) for _, _, pairs, _ in comparisons] == want
-    assert [len(pairs) for _, _, pairs, _ in comparisons] == list(map(len, want))
-    assert [len(rows) for rows, *_ in comparisons] == [2, 2, 2, 3, 3, 3, 2, 2]
-    assert [ranking for _, ranking, *_ in comparisons][3:6] == [[3, 1, 2], [1, 2, 1], [1, 1, 1]]
+    rankings = [[1, 2], [1, 2], [1, 2], [1, 2, 3], [1, 1, 2], [1, 1, 1], [1, 2], [1, 1]]
+    assert [ranking for _, ranking, *_ in comparisons] == rankings
+    assert [mu for _, _, mu, _ in comparisons] == [1.0, 0.3, 0.5, *[1.0] * 5]
     assert [p for *_, p in comparisons] == [None, 0.4, *[None] * 6]
+    words = ["hello there", "hello there", "hello there", "there help hello", "hello help there", "hello there help",
+             "there hello", "hello there"]  # best first
+    for (completions, *_), wanted in zip(comparisons, words, strict=True):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in completions]
+        assert [text.partition("~")[2] for text in texts] == wanted.split()
+    *_, first, second, mu, owner = reward_model.collate(comparisons, CPU)
+    want = [(0, 1, 1.0), (0, 1, 0.3), (0, 1, 0.5), (0, 1, 1.0), (0, 2, 1.0), (1, 2, 1.0), (0, 1, 0.5), (0, 2, 1.0),
+            (1, 2, 1.0), (0, 1, 0.5), (0, 2, 0.5), (1, 2, 0.5), (0, 1, 1.0), (0, 1, 0.5)]  # fmt: skip
+    starts = torch.tensor([0, 2, 4, 6, 9, 12, 15, 17])[owner]
+    got = list(zip((first - starts).tolist(), (second - starts).tolist(), mu.tolist()))
+    assert got == [pytest.approx(pair) for pair in want]
+    assert owner.tolist() == [0, 1, 2, *[3] * 3, *[4] * 3, *[5] * 3, 6, 7]
 
 
 def test_equal_sides_are_dropped_and_counted(tokenizer, capsys):
@@ -771,7 +796,7 @@ def test_equal_sides_are_dropped_and_counted(tokenizer, capsys):
     rows = [{"prompt": "help~", "chosen": "hello there" + end, "rejected": "hello there"}
             for end in (" help", "", "</s>")]  # fmt: skip
     (kept,) = comparisons_of(tokenizer, rows)
-    assert tokenizer.decode(kept[0][0]).endswith("help</s>")
+    assert tokenizer.decode(ids_of(kept)[0]).endswith("help</s>")
     assert "2 of 3 pairs dropped" in capsys.readouterr().out
     prompt = len(tokenizer("help~")["input_ids"])
     rows = [{"prompt": "help~", "chosen": "hello" + end, "rejected": "hello there"} for end in (" help", "???")]
@@ -780,7 +805,7 @@ def test_equal_sides_are_dropped_and_counted(tokenizer, capsys):
     long = [{"prompt": "help~", "chosen": "~~~~~hello", "rejected": "~~~~~there"}, rows[1]]
     (kept,) = comparisons_of(tokenizer, long, max_length=prompt + 5)
     assert "1 of 2 pairs dropped" in capsys.readouterr().out
-    assert tokenizer.decode(kept[0][1]).startswith("<s>help~hello")
+    assert tokenizer.decode(ids_of(kept)[1]).startswith("<s>help~hello")
     with pytest.raises(SystemExit):
         comparisons_of(tokenizer, long[:1], max_length=prompt + 5)
 
@@ -790,7 +815,7 @@ def test_rows_are_the_prompt_as_elsewhere_a_completion_and_one_eos(tokenizer, en
     """One BOS; the prompt's ids are those of SFT rows and of PPO's rollouts; exactly one EOS, the last token."""
     completions = [text + end for text in ("hello", " there", "")]
     row = {"prompt": "Question: help?~", "completions": completions, "ranking": [1, 2, 3]}
-    ((rows, *_),) = comparisons_of(tokenizer, [row])
+    (rows,) = map(ids_of, comparisons_of(tokenizer, [row]))
     prompt = tokenizer("Question: help?~")["input_ids"]
     bare = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("hello", " there")] + [[]]
     assert rows == [prompt + ids + [EOS] for ids in bare]
@@ -809,8 +834,8 @@ def test_messages(tokenizer):
     rows = [{"prompt": [ask], "chosen": answers[:1], "rejected": answers[1:]},
             {"chosen": [ask, answers[0]], "rejected": [ask, answers[1]]},
             {"prompt": [ask], "completions": [[answers[1]], [answers[0]]], "ranking": [2, 1]}]  # fmt: skip
-    first, second, third = (rows for rows, *_ in comparisons_of(tokenizer, rows))
-    assert first == second == third[::-1]
+    first, second, third = map(ids_of, comparisons_of(tokenizer, rows))
+    assert first == second == third
     assert [tokenizer.decode(ids) for ids in first] == [
         f"<s><user>help me</s>\n<assistant>{text}</s>" for text in ("hello", "there")
     ]
@@ -819,11 +844,11 @@ def test_messages(tokenizer):
 
 def test_truncation_keeps_the_eos(tokenizer, capsys):
     row = {"prompt": "help~", "chosen": "there " * 9 + "hello", "rejected": "hello"}
-    ((full, short),) = (rows for rows, *_ in comparisons_of(tokenizer, [row]))
+    ((full, short),) = map(ids_of, comparisons_of(tokenizer, [row]))
     prompt = len(tokenizer("help~")["input_ids"])
     assert capsys.readouterr().out == ""
     for extra in (2, 3, 5):
-        ((cut, other),) = (rows for rows, *_ in comparisons_of(tokenizer, [row], max_length=prompt + extra))
+        ((cut, other),) = map(ids_of, comparisons_of(tokenizer, [row], max_length=prompt + extra))
         assert cut == full[: prompt + extra - 1] + [EOS] and other[:prompt] == full[:prompt] and other[-1] == EOS
         assert f"cut to --max-length {prompt + extra}," in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -890,7 +915,7 @@ def test_evaluation(scorer, micro):
     comparisons, decode = make_comparisons(), lambda ids, skip_special_tokens: " ".join(map(str, ids))
     args = reward_model.Args(device="cpu", micro_batch_size=micro, eval_samples=3)
     metrics, samples, table = reward_model.evaluate(
-        scorer, SimpleNamespace(decode=decode), comparisons, args, nullcontext
+        scorer, SimpleNamespace(decode=decode), loaded(comparisons), args, nullcontext
     )
     own = [[own_score(scorer, ids).item() for ids in rows] for rows, *_ in comparisons]
     accuracies, margins, mu = [], [], []
@@ -917,7 +942,7 @@ def test_evaluation(scorer, micro):
 
 
 def test_no_ceiling_where_the_noise_is_unknown(scorer):
-    comparisons = [(*comparison[:3], None if k == 2 else 0.9) for k, comparison in enumerate(make_comparisons())]
+    comparisons = [(*comparison[:3], None if k == 2 else 0.9) for k, comparison in enumerate(loaded(make_comparisons()))]
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
     metrics, *_ = reward_model.evaluate(scorer, tokenizer, comparisons, ARGS, nullcontext)
     assert "eval/accuracy_ceiling" not in metrics
@@ -966,7 +991,7 @@ def test_two_steps_on_real_data(shared, tmp_path, name):
     assert log[0]["eval/loss"] != log[-1]["eval/loss"] and 0 <= log[-1]["eval/accuracy"] <= 1
     model, tokenizer = load(SimpleNamespace(run=tmp_path / "run"))
     comparisons = load_comparisons(tokenizer, read_rows(held_out), [EOS], 512)
-    ids = [ids for rows, *_ in comparisons for ids in rows]
+    ids = [ids for completions, *_ in comparisons for ids, _ in completions]
     assert all(row.count(EOS) == 1 and row[-1] == EOS and row.count(1) == 1 for row in ids)
     batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
     with torch.no_grad():

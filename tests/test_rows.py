@@ -9,12 +9,11 @@ import functools
 import gzip
 import json
 
-import dpo
 import pytest
 import reward_model
 import torch
 import transformers
-from common import encode, load_prompts, load_reward, read_rows, responses_of, split_rows
+from common import encode, load_comparisons, load_prompts, load_reward, read_rows, responses_of, split_rows
 from conftest import CHAT_TEMPLATE, naive_logprobs, watching
 from tiny_runs import (
     ASK, CHAT_PAIR, DEMONSTRATION, PAIR, REFUSE, REPLY, SAMPLERS, copy_model, launch, read, scripts, write)
@@ -28,20 +27,16 @@ def encode_file(tokenizer, path, eos_ids=(EOS,), limit=LIMIT):
     return encode(tokenizer, read_rows(path, "prompt completion", "messages", "text"), list(eos_ids), limit)
 
 
-def pairs_of_file(tokenizer, path, eos_ids=(EOS,), limit=LIMIT):
-    return dpo.load_pairs(tokenizer, read_rows(path, "chosen rejected"), list(eos_ids), limit)
-
-
 def comparisons_of_file(tokenizer, path, eos_ids=(EOS,), limit=LIMIT):
     rows = read_rows(path, "chosen rejected", "prompt completions ranking")
-    return reward_model.load_comparisons(tokenizer, rows, list(eos_ids), limit)
+    return load_comparisons(tokenizer, rows, list(eos_ids), limit)
 
 
 def prompts_of_file(tokenizer, path, eos_ids=(EOS,), limit=LIMIT):
     return [ids for _, ids in load_prompts(tokenizer, read_rows(path, "prompt"), limit)]
 
 
-FILES = {"sft": encode_file, "dpo": pairs_of_file, "reward_model": comparisons_of_file, "rankings": comparisons_of_file,
+FILES = {"sft": encode_file, "dpo": comparisons_of_file, "reward_model": comparisons_of_file, "rankings": comparisons_of_file,
          "prompts": prompts_of_file}
 
 
@@ -190,7 +185,6 @@ def test_a_held_out_conversation_of_parts_is_new(tmp_path):
 
 @pytest.mark.parametrize("more", [{"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]},
                                   {"reasoning_content": "two and two"}, {"thinking": "two and two"}], ids=" ".join)
-@pytest.mark.xfail(strict=True, reason="only a message's content is looked for in the rendering")
 def test_parts_of_an_answer_that_the_template_leaves_out_are_refused(chat, refuses, more):
     refuses(chat, row_of("sft", ASK), row_of("sft", ASK, good={**REPLY, **more}))
 
@@ -310,7 +304,6 @@ def test_missing_columns_are_named_before_anything_else(refused, tmp_path, case)
 
 
 @scripts("dpo", "reward_model")
-@pytest.mark.xfail(strict=True, reason="lists of texts are taken for messages: no prompt column, it says")
 def test_lists_of_texts_are_pointed_to_the_converter(refused, tmp_path):
     """RM-Bench's layout, for which there is a conversion."""
     path = write(tmp_path / "rows.jsonl", [PAIR, {"prompt": "a b", "chosen": ["c", "d"], "rejected": ["e", "f"]}])
@@ -399,18 +392,25 @@ def test_lists_that_repeat_the_prompt_column(chat, tokens, use, before):
 
 @paired
 @pytest.mark.parametrize("before", [[ASK], [SYSTEM, ASK], [ASK, REPLY, {"role": "user", "content": "why ?"}]], ids=len)
-@pytest.mark.xfail(strict=True, reason="a prompt of text beside lists is not looked at")
 def test_a_prompt_column_that_the_lists_do_not_repeat_is_refused(chat, refuses, use, before):
     bad = {"prompt": "Be brief.", "chosen": [*before, REPLY], "rejected": [*before, REFUSE]}
     refuses(chat, CHAT_PAIR, bad, use)
 
 
 @paired
-@pytest.mark.xfail(strict=True, reason="prompts are compared before their parts are joined")
-def test_a_repeated_prompt_may_be_written_in_parts(chat, tokens, use):
+def test_answers_that_begin_with_another_question_are_refused(chat, refuses, use):
+    """Two turns of the user: is the prompt repeated in other words, as here in parts, or the lists wrong?"""
     parts = {"role": "user", "content": [{"type": "text", "text": ASK["content"]}]}
-    row = {"prompt": [parts], "chosen": [ASK, REPLY], "rejected": [ASK, REFUSE]}
-    assert tokens(chat, row, use) == tokens(chat, {**row, "prompt": [ASK]}, use)
+    for prompt in ([parts], [SYSTEM]):
+        refuses(chat, CHAT_PAIR, {"prompt": prompt, "chosen": [ASK, REPLY], "rejected": [ASK, REFUSE]}, use)
+
+
+@paired
+def test_a_prompt_of_text_beside_lists_that_repeat_it(chat, tokens, use):
+    """As in UltraFeedback's binarized pairs; with quotes and lines."""
+    ask = {"role": "user", "content": "it's \"good\"\n?"}
+    pair = {"chosen": [ask, REPLY], "rejected": [ask, REFUSE]}
+    assert tokens(chat, {"prompt": ask["content"], **pair}, use) == tokens(chat, pair, use)
 
 
 @paired
@@ -447,7 +447,6 @@ def test_a_prompt_without_spaces_that_both_sides_repeat(bpe_tokenizer, tokens, u
 
 @pytest.mark.parametrize("prompt, texts", [("Question: hello?\nAnswer:", [" help", " there", " me"]),
                                            ([ASK], [[REPLY], [REFUSE], [REPLY, ASK, REFUSE]])], ids=["text", "lists"])
-@pytest.mark.xfail(strict=True, reason="only chosen and rejected are looked at")
 def test_a_prompt_that_all_ranked_completions_repeat(chat, tokens, prompt, texts):
     row = {"prompt": prompt, "completions": texts, "ranking": [1, 2, 3]}
     repeated = {**row, "completions": [prompt + text for text in texts]}
@@ -507,7 +506,7 @@ def test_nothing_but_long_prompts_is_refused(bpe_tokenizer, said, tmp_path, use)
 def test_one_long_ranked_completion_is_cut_and_a_long_prompt_drops_all(bpe_tokenizer, tmp_path):
     rows = [SHORT["rankings"], OVER["rankings"], {**SHORT["rankings"], "completions": ["a", LONG, "c"]}]
     kept = comparisons_of_file(bpe_tokenizer, write(tmp_path / "rows.jsonl", rows), limit=24)
-    lengths = [[len(ids) for ids in completions] for completions, *_ in kept]
+    lengths = [[len(ids) for ids, _ in completions] for completions, *_ in kept]
     n = lengths[0][0]
     assert lengths == [[n, n, n], [n, 24, n]]
     row = {**SHORT["rankings"], "completions": ["", "a b", "c d"]}  # one of them fits, as there is nothing to cut
@@ -738,7 +737,6 @@ def test_a_completion_that_holds_the_eos_is_refused(bpe_tokenizer, refuses, use,
 
 
 @pytest.mark.parametrize("use", ["sft", "dpo", "reward_model", "rankings"])
-@pytest.mark.xfail(strict=True, reason="only the tokenizer's own EOS is looked for")
 def test_a_message_that_holds_another_eos_of_the_model_is_refused(with_template, refuses, use):
     """An answer that quotes it would be cut there."""
     tokenizer = with_template(CHAT_TEMPLATE, *SPECIAL)
@@ -778,7 +776,7 @@ def test_a_bos_is_found_whatever_happens_to_whitespace(tokens, kind):
     row = {"prompt": "the cat", "completion": "sat", "chosen": "sat", "rejected": "a cat"}
     assert tokens(tokenizer, row) == ([1, 3, 4, 5, 2], [False] * 3 + [True] * 2)
     assert tokens(tokenizer, row, "prompts") == [1, 3, 4]
-    assert tokens(tokenizer, row, "dpo")[1] == ([1, 3, 4, 7, 4, 2], [False] * 3 + [True] * 3)
+    assert tokens(tokenizer, row, "dpo")[0][1] == ([1, 3, 4, 7, 4, 2], [False] * 3 + [True] * 3)
     assert tokens(tokenizer, {"text": "the cat sat"}) == ([1, 3, 4, 5, 2], [False] + [True] * 4)
     tokenizer.chat_template = "<s>{% for m in messages %} {{ m.content }} {% endfor %}"
     assert tokens(tokenizer, row_of("prompts", {"role": "user", "content": "the cat"}), "prompts")[:3] == [1, 3, 4]

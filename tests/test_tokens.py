@@ -2,11 +2,10 @@
 
 import json
 
-import dpo
 import pytest
 import torch
 import transformers
-from common import encode, read_rows, split_rows
+from common import encode, load_comparisons, read_rows, split_rows
 from conftest import CHAT_TEMPLATE, ROOT
 
 LAYOUTS = "prompt", "messages", "chosen rejected"
@@ -189,11 +188,11 @@ class BareTokenizer:
 
 
 def pairs_of(tokenizer, row, **options):
-    return dpo.load_pairs(tokenizer, [{"_where": "pairs.jsonl:3", **row}], [2], options.get("max_length", 512))
+    return load_comparisons(tokenizer, [{"_where": "pairs.jsonl:3", **row}], [2], options.get("max_length", 512))
 
 
 def test_pairs_share_their_prompt_and_carry_mu(bpe_tokenizer):
-    (((chosen, ct), (rejected, rt), mu),) = pairs_of(
+    (([(chosen, ct), (rejected, rt)], _, mu, _),) = pairs_of(
         bpe_tokenizer, {"prompt": "hello", "chosen": " there", "rejected": " Answer: help me", "mu": 0.5}
     )
     n = ct.index(True)
@@ -205,11 +204,11 @@ def test_pairs_share_their_prompt_and_carry_mu(bpe_tokenizer):
 
 def test_the_implicit_prompt_ends_at_a_turn_and_not_at_a_character(bpe_tokenizer, chat):
     talk = "\n\nHuman: hello\n\nAssistant: hello there\n\nHuman: help\n\nAssistant:"
-    (((ids, trained), (other, _), _),) = pairs_of(
+    (([(ids, trained), _], *_),) = pairs_of(
         bpe_tokenizer, {"chosen": talk + " help me", "rejected": talk + " hello"}
     )
     assert texts(bpe_tokenizer, ids, trained) == ("<s>" + talk, " help me</s>")
-    (((ids, trained), _, _),) = pairs_of(chat, {"chosen": TALK, "rejected": TALK[:4] + TALK[2:3]})
+    (([(ids, trained), _], *_),) = pairs_of(chat, {"chosen": TALK, "rejected": TALK[:4] + TALK[2:3]})
     assert texts(chat, ids, trained)[1] == "Answer: help</s>"
     with pytest.raises(SystemExit):
         pairs_of(bpe_tokenizer, {"chosen": "hello", "rejected": "help"})
@@ -218,15 +217,15 @@ def test_the_implicit_prompt_ends_at_a_turn_and_not_at_a_character(bpe_tokenizer
 def test_pairs_that_carry_no_information_are_dropped_and_counted(bpe_tokenizer, capsys):
     same = {"prompt": "hello", "chosen": " there" * 9 + " a", "rejected": " there" * 9 + " b"}
     rows = [{"_where": "", **same}, {"_where": "", "prompt": "hello", "chosen": " a", "rejected": " b"}]
-    assert len(dpo.load_pairs(bpe_tokenizer, rows, [2], 12)) == 1
+    assert len(load_comparisons(bpe_tokenizer, rows, [2], 12)) == 1
     assert "1 of 2 pairs dropped" in capsys.readouterr().out
     chat = [{"_where": "", "chosen": TALK, "rejected": TALK}, {"_where": "", "chosen": TALK, "rejected": TALK[:4] + TALK[2:3]}]
     bpe_tokenizer.chat_template = CHAT_TEMPLATE
-    assert len(dpo.load_pairs(bpe_tokenizer, chat, [2], 512)) == 1
+    assert len(load_comparisons(bpe_tokenizer, chat, [2], 512)) == 1
     bpe_tokenizer.chat_template = None
     assert "1 of 2 pairs dropped" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        dpo.load_pairs(bpe_tokenizer, [{"_where": "p:1", **same}], [2], 12)
+        load_comparisons(bpe_tokenizer, [{"_where": "p:1", **same}], [2], 12)
 
 
 # ---- files ----
@@ -301,10 +300,10 @@ def test_real_tokenizers_are_inverted_exactly(shared, name):
 def test_real_chat_templates_and_message_lists(shared, name):
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "models" / name)
     rows = read_rows(str(shared / "data" / "dpo_chat_300.test.jsonl"))
-    pairs = dpo.load_pairs(tokenizer, [dict(row) for row in rows], [tokenizer.eos_token_id], 100_000)
+    pairs = load_comparisons(tokenizer, [dict(row) for row in rows], [tokenizer.eos_token_id], 100_000)
     assert len(pairs) == len(rows)
-    for row, pair in zip(rows, pairs):
-        for side, (ids, trained) in zip(("chosen", "rejected"), pair):
+    for row, (completions, *_) in zip(rows, pairs):
+        for side, (ids, trained) in zip(("chosen", "rejected"), completions):
             inside = texts(tokenizer, ids, trained)[1]
             assert inside.strip() == row[side][0]["content"].strip() + tokenizer.eos_token
             rendered = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import encode, pad, to_device, to_floats
+from common import encode, load_comparisons, pad, to_device, to_floats
 from conftest import ROOT
-from dpo import load_pairs
 from tiny_runs import STEPWISE, scripts, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,7 +133,7 @@ def test_a_prompt_is_tokenized_once(bpe_tokenizer, monkeypatch):
     flat = [{"prompt": row["prompt"], "completion": row["chosen"], "_where": "x"} for row in rows]
     want = encode(bpe_tokenizer, flat[:3] + flat[-3:], [2], 99)
     monkeypatch.setattr(type(bpe_tokenizer), "__call__", record)
-    pairs = load_pairs(bpe_tokenizer, rows, [2], 99)
-    assert [chosen for chosen, _, _ in pairs[:3] + pairs[-3:]] == want and len(pairs) == 1200
+    pairs = load_comparisons(bpe_tokenizer, rows, [2], 99)
+    assert [chosen for (chosen, _), *_ in pairs[:3] + pairs[-3:]] == want and len(pairs) == 1200
     assert all(seen.count(row["prompt"]) == 1 for row in rows[::100])
     assert seen.count("\n was good") == seen.count("\n was bad") == 1
