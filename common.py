@@ -23,8 +23,9 @@ import traceback
 import warnings
 import zlib
 from dataclasses import asdict
+from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import islice, takewhile
+from itertools import combinations, islice, takewhile
 from pathlib import Path
 
 import torch
@@ -349,16 +350,6 @@ class PaddedCache:
         self.past = {name: out[name] for name in out.keys() & {"cache", "past_key_values"}}  # or its old name
         return out.last_hidden_state[:, -1]
 
-    def keep(self, rows):
-        """Let all other rows leave. Returns whether the cache can do that."""
-        [cache] = self.past.values()
-        layers = getattr(cache, "layers", [None])
-        if not all(hasattr(layer, "batch_select_indices") for layer in layers):
-            return False
-        cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
-        return True
-
 class RowsCache(Rows):
     """The same for models with `Rows`: in memory taken once, each distinct prompt computed once."""
     use_graphs = True  # until a model cannot
@@ -426,10 +417,10 @@ class RowsCache(Rows):
         return output.reshape(len(k), 1, -1, v.shape[3])
 
     def keep(self, rows):
+        """Let all other rows leave."""
         for pair in self.layers.values():
             pair[:] = [x[: len(rows)].copy_(x[rows]) for x in pair]  # in the same memory
         self.last, self.seen, self.graphs = self.last[rows], self.seen[rows], {}
-        return True
 
 def draw(z, noise):
     """Tokens of softmax(z) and their log-probs, (B,) each: where the cumulative distribution, of blocks of 64
@@ -486,7 +477,8 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
                 left = alive.nonzero().squeeze(1)
                 if len(left) == 0:
                     break
-                if len(left) < 0.75 * len(rows) and cache.keep(left):  # those that have ended leave
+                if len(left) < 0.75 * len(rows) and kind is RowsCache:  # those that have ended leave
+                    cache.keep(left)
                     rows, token, alive = rows[left], token[left], alive[left]
     model.train(training)
     input_ids, mask, scores = [], [], []
@@ -535,6 +527,8 @@ def on_error(kind, error, trace):
     if kind is SystemExit:
         with contextlib.suppress(SystemExit):
             fail(error)
+    elif kind is BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     elif kind is not KeyboardInterrupt:
         sys.stderr = sys.__stderr__
         sys.__excepthook__(kind, error, trace)
@@ -545,19 +539,6 @@ def ranks():
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
-
-def start_ranks(cuda):
-    """This process's device. If torchrun started it, it joins the others; only rank 0 prints and saves."""
-    local = os.environ.get("LOCAL_RANK")
-    if local is None:
-        return torch.device("cuda" if cuda else "cpu")
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if ranks()[0]:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    if cuda:
-        torch.cuda.set_device(int(local))
-    return torch.device("cuda", int(local)) if cuda else torch.device("cpu")
 
 def shares(n, size):
     """This rank's share of n rows, as slices of at most `size`. All have as many, of which some may be empty:
@@ -573,15 +554,8 @@ def over_ranks(x, op="SUM"):
         dist.all_reduce(x, getattr(dist.ReduceOp, op))
     return x
 
-def from_rank_0(x):
-    """x as rank 0 has it."""
-    if ranks()[1] > 1:
-        dist.broadcast(x, 0)
-    return x
-
 def clip_gradients(model, max_norm):
-    """Sum the gradient over the ranks, as the loss's denominator is the whole step's, and clip it to
-    max_norm. Returns its norm before that."""
+    """Sum the gradient over the ranks and clip it to this norm. Returns its norm before that."""
     parameters = list(model.parameters())
     if ranks()[1] > 1 and not hasattr(model, "sharded_body"):  # there, the backward pass sums
         used = over_ranks(torch.tensor([p.grad is not None for p in parameters]).int(), "MAX")
@@ -602,8 +576,9 @@ def lighten(args, autocast, *models):
             shard(model)
         elif model is not None:
             layers = [layer for layer in model.base_model.modules() if isinstance(layer, linear)]
+            frozen = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
             with autocast():
-                for p in (p for layer in layers for p in layer.parameters() if not p.requires_grad):
+                for p in frozen:
                     (p.data,) = _autocast(p.data)
 
 def add_adapters(model, args):
@@ -622,8 +597,7 @@ def add_adapters(model, args):
             getattr(model, name).requires_grad_(True)
 
 def shard(model):
-    """Spread weights, gradients and optimizer states over the ranks by FSDP2: a layer is whole while it
-    computes."""
+    """Spread weights, gradients and optimizer states over the ranks by FSDP2."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     kinds = model._no_split_modules or ()
     for module in [m for m in model.modules() if type(m).__name__ in kinds] + [model]:
@@ -649,10 +623,6 @@ def full(x):
     """A tensor that may be sharded, put together."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-def total_norm(model):
-    """The norm of all weights."""
-    return full(torch.nn.utils.get_total_norm(model.parameters())).item()
-
 def whole(tensors):
     """A dict with its sharded tensors put together, one by one, in the memory of rank 0's CPU."""
     tensors = dict(tensors)
@@ -671,7 +641,9 @@ def like(x, p):
 
 def without_adapters(model):
     """The model as it was before --lora-rank."""
-    return model.adapters[0].disable_adapter() if hasattr(model, "adapters") else contextlib.nullcontext()
+    if hasattr(model, "adapters"):
+        return model.adapters[0].disable_adapter()
+    return contextlib.nullcontext()
 
 def state_of(part):
     """What --resume needs of a model, its trained weights, or of an optimizer, whole."""
@@ -685,8 +657,6 @@ def load_state(part, state):
     """The inverse of `state_of`, on any number of ranks."""
     if isinstance(part, torch.nn.Module):
         trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
-        if trained.keys() != state.keys():
-            raise ValueError("other weights are trained")
         part.load_state_dict({name: like(state[name], p) for name, p in trained.items()}, strict=False)
     else:
         parameters = [p for group in part.param_groups for p in group["params"]]
@@ -743,12 +713,10 @@ def read_rows(path, *layouts, split="train"):
         if not any(row.keys() >= set(layout.split()) for layout in layouts or [""]):
             fail(f"{where}: needs {' | '.join(layouts)}; has {sorted(row)}: see data/convert.py")
         for name, value in row.items():
-            can_be_used = isinstance(value, str) and not WRITTEN_LIST.match(value)
-            if isinstance(value, list):
-                can_be_used = all(isinstance(message, dict) for message in value)
-            if name in TEXTS and not can_be_used or name in MEDIA and value:
-                fail(f"{where}: {name}: only text, or a list of messages with role and content, can be used: "
-                     "see data/convert.py")
+            is_text = isinstance(value, str) and not WRITTEN_LIST.match(value)
+            is_talk = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+            if name in TEXTS and not (is_text or is_talk) or name in MEDIA and value:
+                fail(f"{where}: {name}: neither text nor messages with role and content: see data/convert.py")
         result.append({**row, "_where": where})
     return result or fail(f"{path}: no rows")
 
@@ -791,9 +759,10 @@ def renderer(tokenizer, row, messages, eos_ids=()):
         for i, message in enumerate(messages):
             if f"<message {i}>" not in text:
                 raise ValueError(f"message {i + 1}, of role {message['role']}, is left out")
-            for name in ("tool_calls", "reasoning_content", "thinking"):
-                less = {**marked[i], name: None}
-                if message.get(name) and render([*marked[:i], less, *marked[i + 1 :]]) == text:
+            for name in {"tool_calls", "reasoning_content", "thinking"} & message.keys():
+                without = list(marked)
+                without[i] = {**marked[i], name: None}
+                if message[name] and render(without) == text:
                     raise ValueError(f"{name} of message {i + 1} is left out")
         if row.get("tools") and text == render(marked, tools=None):
             raise ValueError("the tools are left out")
@@ -844,7 +813,10 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     newline = bare("\n")
     rows_shown = tqdm(rows, "rows", delay=3, disable=None)
     segments = [segments_of(tokenizer, row, eos_ids, completion) for row in rows_shown]
-    texts = [text if k == 0 else "\n" + text for parts in segments for k, (text, *_) in enumerate(parts)]
+    texts = []
+    for parts in segments:
+        first, *others = [text for text, *_ in parts]
+        texts += [first, *("\n" + text for text in others)]
     distinct = list(dict.fromkeys(texts))  # both sides of a pair have one prompt
     ids_of = {}
     for i in range(0, len(distinct), 1000):  # fast, and small
@@ -887,7 +859,7 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
         result.append((ids, trained) if any(trained) else None)
     where, num_dropped = rows[0]["_where"], result.count(None)
     if num_cut:
-        loud = ": MORE THAN ONE IN TEN" * (num_dropped > len(rows) / 10)
+        loud = ": MORE THAN ONE IN TEN" if num_dropped > len(rows) / 10 else ""
         print(f"{num_cut - num_dropped} of {len(rows)} rows ({where} ...) cut to --max-length {max_length}, "
               f"{num_dropped} dropped, whose prompts fill it{loud}")
     if num_dropped == len(rows):
@@ -895,8 +867,8 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     return result
 
 def make_comparison(row):
-    """Give a row completions and ranking (1 the best, equal ones a tie) in place of chosen and rejected, mu (1
-    if absent) and the prompt that all completions share: messages, or text up to "Assistant:"."""
+    """Give a row completions and ranking, 1 the best and equal ones a tie, in place of chosen and rejected,
+    and mu, and the prompt that all completions share: messages, or text up to "Assistant:"."""
     where, prompt = row["_where"], row.get("prompt")
     if "completions" not in row:
         row.update(completions=[row["chosen"], row["rejected"]], ranking=[1, 2])
@@ -907,7 +879,8 @@ def make_comparison(row):
         fail(f"{where}: completions must be a list of two or more")
     if not isinstance(ranking, list) or [type(rank) for rank in ranking] != [int] * len(answers):
         fail(f"{where}: ranking must be {len(answers)} whole numbers, 1 for the best completion")
-    for name, value in (("mu", row.setdefault("mu", 1.0)), ("p_chosen", row.get("p_chosen", 0.5))):
+    chances = {"mu": row.setdefault("mu", 1.0), "p_chosen": row.get("p_chosen", 0.5)}
+    for name, value in chances.items():
         if type(value) not in (int, float) or not 0 <= value <= 1:
             fail(f"{where}: {name} is {value!r}; expected 1 (chosen is better) to 0, with 0.5 a tie")
     if {type(answer) for answer in answers} not in ({str}, {list}):
@@ -926,7 +899,8 @@ def make_comparison(row):
     elif isinstance(prompt, str) and re.fullmatch(r"\s*\w{1,12}\W*", prompt):  # one word may begin all
         return
     n = len(prompt)
-    if all(answer[:n] == prompt for answer in answers):  # they repeat it
+    repeated = [answer[:n] == prompt for answer in answers]
+    if all(repeated):
         row.update(prompt=prompt, completions=[answer[n:] for answer in answers])
     elif not is_text and all("'role': 'user'" in str(answer[:1]) for answer in answers):
         fail(f"{where}: the answers begin with a user's turn, but do not repeat the prompt")
@@ -974,10 +948,18 @@ def load_prompts(tokenizer, rows, max_prompt_length):
 
 # ---- Models and rewards ----
 def device_of(args):
-    """(device, autocast) of --device and --dtype: auto is CUDA if there is one, and bf16 products there."""
+    """(device, autocast) of --device and --dtype: auto is CUDA if there is one, and bf16 products there. What
+    torchrun has started joins the others; only rank 0 prints and saves."""
     sys.excepthook = on_error
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = start_ranks(cuda)
+    device = torch.device("cuda" if cuda else "cpu")
+    local = os.environ.get("LOCAL_RANK")
+    if local and cuda:
+        torch.cuda.set_device(int(local))  # which "cuda" is from here on
+    if local and not dist.is_initialized():  # rank 0 may make a model first, or wait for a reward
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=9))
+    if ranks()[0]:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     if args.device == "cuda" and not cuda:
         fail("--device cuda: torch finds no CUDA device")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 0.2 s, at each new shape
@@ -1046,7 +1028,6 @@ def use_rows(model):
     """Let layers attend as `Rows` say, if there are some. Some models err then: see check_model."""
     from transformers import AttentionInterface, AttentionMaskInterface  # not above: this takes a second
     sdpa = AttentionInterface()["sdpa"]
-    sdpa_mask = AttentionMaskInterface()["sdpa"]
     def attention(module, query, key, value, mask, rows=None, **options):
         if rows is None:
             return sdpa(module, query, key, value, mask, **options)
@@ -1060,7 +1041,7 @@ def use_rows(model):
         output = rows.attend(module.layer_idx, *qkv, options["scaling"], window)
         return output, None
     AttentionInterface.register("rows", attention)
-    AttentionMaskInterface.register("rows", sdpa_mask)
+    AttentionMaskInterface.register("rows", AttentionMaskInterface()["sdpa"])
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("rows")
 
@@ -1080,13 +1061,9 @@ def check_model(model, rows, name="--model", lengths="--max-length"):
         if type(x) is int and re.search("window|chunk|topk", key) and x < len(longest):
             limits.append(x + 64)
     n = max(min(len(longest), max(limits)) - 4, 1)
-    trial = [longest[:n]]
-    trial.append(longest[: n // 4] + rows[-1][: n // 2])  # begins as the first
-    for row in rows[:4]:
-        trial.append(row[: min(n, 124)])
-    limit = 3e-4
-    if model.device.type == "cuda":
-        limit = 2e-3  # its kernels round otherwise for one token than for many
+    trial = [longest[:n], longest[: n // 4] + rows[-1][: max(n // 2, 1)]]  # the second begins as the first
+    trial += [row[: min(n, 124)] for row in rows[:4]]
+    limit = 2e-3 if model.device.type == "cuda" else 3e-4  # its kernels round otherwise for one token
     training = model.training
     gap, why = math.inf, ""
     use_rows(model)
@@ -1113,9 +1090,7 @@ def self_test(model, rows):
         for score, ids in zip(scores, rows):
             gaps.append(model(input_ids=pad([ids], model.device)).logits[0] - score)
     else:
-        first, *others = responses_of(sample(model, rows, 4, [-1]))
-        stop = [*{*sum(others, [])} - {*first}, -1]  # ends others, and not the first
-        batch = sample(model, rows, 4, stop)
+        batch = sample(model, rows, 4, [-1])
         ids, mask, sampled = [x.to(model.device) for x in batch.values()]
         ends = (last_token(mask) + 1).tolist()
         inside = pad([[False] + [True] * (end - 1) for end in ends], model.device, False)
@@ -1199,9 +1174,7 @@ def per_token(function, batch, size, device="cpu"):
 
 def sample_all(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0):
     """`sample`, each rank its share of the prompts; again in smaller parts where memory runs out."""
-    _, world = ranks()
     (s,) = shares(len(prompts), len(prompts))
-    T = max(map(len, prompts)) + max_new_tokens
     size = 256
     batch = None
     with unsharded(model):
@@ -1213,17 +1186,17 @@ def sample_all(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0)
                 if size == 1:
                     fail(f"{error}: lower --max-new-tokens")
                 size = size // 16
-    if world == 1:
-        return batch
+    parts = [batch] * ranks()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, batch)  # None of a rank without prompts
     merged = {}
-    for name, kind in [("input_ids", torch.long), ("mask", torch.int), ("logprobs", torch.float32)]:
-        merged[name] = torch.zeros(len(prompts), T, dtype=kind)
-        if batch is not None:
-            merged[name][s, : batch[name].shape[1]] = batch[name]
-        over_ranks(merged[name])
-    merged["mask"] = merged["mask"].bool()
-    T = int(last_token(merged["mask"]).max()) + 1
-    return {name: x[:, :T] for name, x in merged.items()}
+    for name in ("input_ids", "mask", "logprobs"):
+        rows = []
+        for part in parts:
+            if part is not None:
+                rows.extend(part[name])
+        merged[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return merged
 
 @torch.no_grad()
 def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
@@ -1255,7 +1228,6 @@ def reward_function(spec, tokenizer, device):
     with blame(f"--reward {spec}", file):
         source.loader.exec_module(module)
         function = getattr(module, name)
-
     dtype = torch.get_default_dtype()
     def score(rows, prompts, responses):
         completions = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -1267,7 +1239,7 @@ def reward_function(spec, tokenizer, device):
             columns[name] = [row[name] for row in rows]
         given = {"prompts": [row["prompt"] for row in rows], "completions": completions, **columns}
         if ranks()[0]:  # it may be slow, or random: rank 0 asks it
-            return from_rank_0(torch.zeros(len(rows), device=device))
+            return over_ranks(torch.zeros(len(rows), device=device))
         with blame(f"--reward {spec}, given columns {list(columns)}", file):
             given = function(**copy.deepcopy(given))  # what it does to its arguments stays there
             if isinstance(given, (dict, set, bytes)) or torch.get_default_dtype() != dtype:
@@ -1277,14 +1249,14 @@ def reward_function(spec, tokenizer, device):
             scores = torch.tensor(numbers, device=device)
         if len(scores) != len(rows) or scores.isfinite().sum() + given.count(None) < len(rows):
             fail(f"--reward {spec}: {len(scores)} scores for {len(rows)} completions, or one not finite")
-        return from_rank_0(scores)
+        return over_ranks(scores)
     return score
 
 # ---- Training ----
 def check_flags(args):
     """Refuse numbers that are negative or infinite, 0 where that has no meaning, and uneven micro-batches."""
     with contextlib.suppress(AttributeError):  # in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # for `| tee log`
     may_be_0 = """seed learning_rate critic_learning_rate warmup_steps weight_decay label_smoothing eval_every
         save_every kl_coef target_kl gae_lambda clip_coef_value missing_eos_penalty num_train_epochs
         total_episodes lora_rank""".split()
@@ -1316,6 +1288,24 @@ def learning_rate(args, step, num_steps):
         return args.learning_rate * ((step + 1) / warmup_steps)
     decay = (num_steps - step) / (num_steps - warmup_steps)
     return args.learning_rate * (decay if args.anneal_lr else 1.0)
+
+def plackett_luce_loss(rewards, ranking):
+    """-log prod_k exp(r_k) / sum_{l >= k} exp(r_l), best first: App. A.3 of arXiv:2305.18290.
+
+    Ties: the mean over every order of the tied ones, as mu = 1/2 is for a pair. At a choice among the tied,
+    all their subsets of one size are equally likely to be left, together with all that rank below.
+    Args: rewards (K,); ranking: K numbers, 1 the best and equal ones a tie. Returns: a scalar, nats.
+    """
+    loss = -rewards.sum()
+    for place in set(ranking):
+        tied = [i for i, other in enumerate(ranking) if other == place]
+        if len(tied) > 10:
+            raise ValueError(f"{len(tied)} in a tie: at most 10, since all their subsets are summed")
+        below = [i for i, other in enumerate(ranking) if other > place]
+        for size in range(1, len(tied) + 1):
+            left = [[*some, *below] for some in combinations(tied, size)]  # all sets that may be left
+            loss = loss + rewards[to_device(torch.tensor(left), rewards.device)].logsumexp(1).mean()
+    return loss
 
 @lru_cache(maxsize=8)
 def shuffled(n, seed, epoch):
@@ -1369,7 +1359,7 @@ class Run:
             fail(f"--output-dir {self.folder} holds {what}: remove it, or choose another folder")
         if args.resume:
             with blame(f"--resume: cannot read {self.file}"):
-                self.state = torch.load(self.file, map_location="cpu", weights_only=True)
+                self.state = torch.load(self.file, "cpu", weights_only=True, mmap=os.name == "posix")
                 before = self.state["args"]
             for name, value in asdict(args).items():
                 ends_here = value == 0 and name in ("num_train_epochs", "total_episodes")
@@ -1381,12 +1371,10 @@ class Run:
         if 0 < num_steps < 20 and hasattr(self.args, "num_train_epochs"):
             print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
         self.num_steps, self.parts = num_steps, parts
-        models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-        weights = [getattr(model, "first_weights", "") for model in models]
+        self.models = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        weights = [getattr(model, "first_weights", "") for model in self.models.values()]
         prints = lambda things: [zlib.crc32(repr(x).encode()) for x in things]
-        self.inputs = {
-            "the data or a reward": prints(inputs),
-            "the model to start from": prints(weights)}
+        self.inputs = {"the data or a reward": prints(inputs), "the model to start from": prints(weights)}
         if self.state:
             with blame(f"--resume: {self.file} does not fit"):
                 for what, before in self.state["inputs"].items():
@@ -1455,9 +1443,9 @@ class Run:
 
     def checkpoint(self, step, **numbers):
         """What --resume needs: every --save-every steps, at the end, after a signal, which ends the run."""
-        for name, part in self.parts.items():
-            if isinstance(part, torch.nn.Module):
-                self.check(step, f"the norm of the weights of {name}", total_norm(part))
+        for name, model in self.models.items():
+            norm = full(torch.nn.utils.get_total_norm(model.parameters()))
+            self.check(step, f"the norm of the weights of {name}", norm.item())
         is_due = self.args.save_every and step % self.args.save_every == 0
         self.stopped = int(over_ranks(torch.tensor(self.stopped), "MAX"))  # all ranks, or none
         if is_due or self.stopped or step == self.num_steps:
@@ -1465,27 +1453,24 @@ class Run:
             for name, part in self.parts.items():
                 state[name] = state_of(part)
             if ranks()[0] == 0:
-                self.save(state)
+                state["sizes"] = [(self.folder / name).stat().st_size for name in self.LOGS]
+                temporary = self.file.with_suffix(".tmp")
+                with blame(f"--output-dir {self.folder}"):
+                    self.file.parent.mkdir(exist_ok=True)
+                    torch.save(state, temporary)
+                    os.replace(temporary, self.file)  # a crash leaves the last one whole
         if self.stopped and step < self.num_steps:
             tqdm.write(f"stopped after step {step} of {self.num_steps}: --resume continues; with "
                        "--num-train-epochs 0, or --total-episodes 0, it saves the model as it is")
             raise SystemExit(128 + self.stopped)
 
-    def save(self, state):
-        state["sizes"] = [(self.folder / name).stat().st_size for name in self.LOGS]
-        temporary = self.file.with_suffix(".tmp")
-        with blame(f"--output-dir {self.folder}"):
-            self.file.parent.mkdir(exist_ok=True)
-            torch.save(state, temporary)
-            os.replace(temporary, self.file)  # a crash leaves the last one whole
-
-    def finish(self, model, tokenizer, **others):
+    def finish(self, model, tokenizer):
         """args.json, and folders that transformers, TRL and vLLM load; model/ last, the sign of the end."""
         record = {**asdict(self.args), "torch": torch.__version__, "transformers": transformers.__version__,
                   "device": str(model.device), "seconds": round(time.time() - self.began, 1)}
         with blame(f"--output-dir {self.folder}"):
-            for name, part in {**others, "model.tmp": model}.items():
-                save_model(part, tokenizer, self.folder / name)
+            for name, part in self.models.items():  # a critic under its name
+                save_model(part, tokenizer, self.folder / ("model.tmp" if part is model else name))
             if ranks()[0] == 0:
                 (self.folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
                 os.replace(self.folder / "model.tmp", self.folder / "model")
@@ -1493,12 +1478,22 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def show_change(self, after, samples=()):
-        """Print the first samples, and the metrics of an evaluation, beside those of the first evaluation."""
+    def show_change(self, after, samples, *names):
+        """Print samples and metrics beside those of the first evaluation; draw `names` into curves.png."""
         if ranks()[0]:
             return
-        metrics, first = (read_rows(str(self.folder / name)) for name in self.LOGS)
-        for old, new in zip(first, samples[:5]):
+        logs = [(self.folder / name).read_text().splitlines() for name in self.LOGS]
+        metrics = [json.loads(line) for line in logs[0]]
+        first = [json.loads(line) for line in logs[1][:5]]
+        with contextlib.suppress(ImportError):  # if it is installed
+            from matplotlib.figure import Figure
+            figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+            for axes, name in zip(figure.subplots(1, len(names)), names):
+                points = [(row["step"], row[name]) for row in metrics if name in row]
+                axes.plot(*zip(*points), ".-")
+                axes.set(title=name, xlabel="step")
+            figure.savefig(self.folder / "curves.png")
+        for old, new in zip(first, samples):
             print(f"{new['prompt'][-90:]!r}\n  before {old['completion'][:90]!r}\n"
                   f"  after  {new['completion'][:90]!r}")
         for name, value in after.items():

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from common import (
     Run, check_flags, check_model, clip_gradients, complete, device_of, fail, learning_rate, lighten,
-    load_comparisons, load_model, make_first, over_ranks, pad, sequence_logprobs, shares, shuffled,
-    split_rows, to_device, to_floats)
+    load_comparisons, load_model, make_first, over_ranks, pad, plackett_luce_loss, sequence_logprobs, shares,
+    shuffled, split_rows, to_device, to_floats)
 
 
 @dataclass
@@ -128,9 +128,9 @@ def reference_logps(model, comparisons, args, autocast):
 
 
 def forward(model, comparisons, ref_logps, args, autocast):
-    """(losses (B,), metrics as sums over the B comparisons), all completions in one forward pass. Chosen is a
-    ranking's best, and rejected its worst. rewards/accuracies is the share of votes the implicit reward agrees
-    with: mu or 1 - mu, 0.5 at margin 0.
+    """(losses (B,), metrics as sums over B comparisons), all completions in one forward pass. Of a ranking
+    the best is chosen, the worst rejected. rewards/accuracies is the share of votes that the implicit reward
+    agrees with: mu or 1 - mu, 0.5 at margin 0.
     """
     input_ids, trained, mu, present = collate(comparisons, model.device)
     with autocast():
@@ -143,7 +143,6 @@ def forward(model, comparisons, ref_logps, args, autocast):
         chosen, rejected, ref_chosen, ref_rejected, mu, args.beta, args.loss_type, args.label_smoothing)
     for k, (_, ranking, *_) in enumerate(comparisons):
         if len(ranking) > 2:
-            from reward_model import plackett_luce_loss  # rankings alone need that file
             rewards = args.beta * (logps[k] - ref_logps[k])
             losses[k] = plackett_luce_loss(rewards[: len(ranking)], ranking)  # Eq. 20 of arXiv:2305.18290
     margins = chosen_rewards - rejected_rewards
@@ -250,7 +249,7 @@ def main(args: Args) -> dict:
     # 4. evaluate, save, and show what has changed
     after, samples = report(max(first, num_steps))
     run.finish(model, tokenizer)
-    run.show_change(after, samples)
+    run.show_change(after, samples, "rewards/margins", "loss", "rewards/accuracies", "rewards/chosen")
     return {**metrics, **after}
 
 

@@ -358,7 +358,7 @@ def main(args: Args) -> dict:
     # 4. evaluate, save, and show what has changed
     after, samples = evaluate(max(first, num_updates))
     run.finish(policy, tokenizer)
-    run.show_change(after, samples)
+    run.show_change(after, samples, "reward", "kl", "entropy", "completions/mean_length")
     return {**metrics, **after}
 
 

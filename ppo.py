@@ -355,8 +355,8 @@ def main(args: Args) -> dict:
 
     # 4. evaluate, save, and show what has changed
     after, samples = evaluate(max(first, num_updates))
-    run.finish(policy, tokenizer, **({"critic": critic} if critic else {}))
-    run.show_change(after, samples)
+    run.finish(policy, tokenizer)
+    run.show_change(after, samples, "objective/scores", "objective/kl", "policy/entropy")
     return {**metrics, **after}
 
 

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from common import (
     Run, blame, check_flags, check_model, clip_gradients, device_of, encode, fail, learning_rate, lighten,
-    load_comparisons, load_model, make_first, pad, read_rows, read_scores, shares, shuffled, split_rows,
-    to_device, to_floats, token_values)
+    load_comparisons, load_model, make_first, pad, plackett_luce_loss, read_rows, read_scores, shares,
+    shuffled, split_rows, to_device, to_floats, token_values)
 
 
 @dataclass
@@ -83,25 +83,6 @@ def bradley_terry_loss(first_rewards, second_rewards, mu):
     return -mu * F.logsigmoid(margins) - (1 - mu) * F.logsigmoid(-margins)
 
 
-def plackett_luce_loss(rewards, ranking):
-    """-log prod_k exp(r_k) / sum_{l >= k} exp(r_l), best first: App. A.3 of arXiv:2305.18290.
-
-    Ties: the mean over every order of the tied ones, as mu = 1/2 is for a pair. At a choice among the tied,
-    all their subsets of one size are equally likely to be left, together with all that rank below.
-    Args: rewards (K,); ranking: K numbers, 1 the best and equal ones a tie. Returns: a scalar, nats.
-    """
-    loss = -rewards.sum()
-    for place in set(ranking):
-        tied = [i for i, other in enumerate(ranking) if other == place]
-        if len(tied) > 10:
-            raise ValueError(f"{len(tied)} in a tie: at most 10, since all their subsets are summed")
-        below = [i for i, other in enumerate(ranking) if other > place]
-        for size in range(1, len(tied) + 1):
-            left = [[*some, *below] for some in combinations(tied, size)]  # all sets that may be left
-            loss = loss + rewards[to_device(torch.tensor(left), rewards.device)].logsumexp(1).mean()
-    return loss
-
-
 def calibration(margins, mu, bins=10):
     """(rows of the reliability table, ECE): is a confidence of 70 % right 70 % of the time?
 
@@ -131,9 +112,12 @@ def collate(comparisons, device):
     row's last token; and their M pairs: first and second (M,) as rows, mu (M,), owner (M,) the comparison."""
     rows, pairs = [], []
     for owner, (completions, ranking, mu, _) in enumerate(comparisons):
+        start = len(rows)
         for i, j in combinations(range(len(ranking)), 2):  # i is not the worse one
-            is_tie = ranking[i] == ranking[j]
-            pairs.append((len(rows) + i, len(rows) + j, 0.5 if is_tie else mu, owner))
+            own_mu = mu
+            if ranking[i] == ranking[j]:
+                own_mu = 0.5
+            pairs.append((start + i, start + j, own_mu, owner))
         rows += [ids for ids, _ in completions]
     last = pad([[False] * (len(ids) - 1) + [True] for ids in rows], device, False)
     pairs = to_device(torch.tensor(pairs, dtype=torch.float64).view(-1, 4), device)
@@ -270,7 +254,8 @@ def main(args: Args) -> dict:
         began = time.time()
         epoch, position = divmod(step, steps_per_epoch)
         start = position * args.batch_size
-        batch = [train[i] for i in shuffled(len(train), args.seed, epoch)[start : start + args.batch_size]]
+        index = shuffled(len(train), args.seed, epoch)[start : start + args.batch_size]
+        batch = [train[i] for i in index]
         batch.sort(key=lambda comparison: max(len(ids) for ids, _ in comparison[0]))  # less padding
         batch_tokens = sum(len(ids) for completions, *_ in batch for ids, _ in completions)
 
@@ -304,7 +289,7 @@ def main(args: Args) -> dict:
     model.config.reward_mean = after["eval/mean_reward"]
     model.config.held_out_accuracy = after["eval/accuracy"]
     run.finish(model, tokenizer)
-    run.show_change(after)
+    run.show_change(after, (), "margin", "loss", "accuracy", "grad_norm")
     print("reliability on held-out pairs\n     pairs  confidence  accuracy")
     for pairs, confidence, accuracy in table:
         print(f"{pairs:10}  {confidence:10.3f}  {accuracy:8.3f}")

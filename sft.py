@@ -174,7 +174,7 @@ def main(args: Args) -> dict:
     # 4. evaluate, save, and show what has changed
     after, samples = report(max(first, num_steps))
     run.finish(model, tokenizer)
-    run.show_change(after, samples)
+    run.show_change(after, samples, "mean_token_accuracy", "loss", "grad_norm")
     return {**metrics, **after}
 
 

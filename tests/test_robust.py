@@ -13,6 +13,7 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHAT_TEMPLATE, ROOT, word_tokenizer
+from conftest import CHAT_TEMPLATE, ROOT, make_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_runs import (
     ASK, DATA, PROMPT, REPLY, SAMPLERS, SCRIPTS, STEPWISE, copy_model, files_in, first_of, interrupt, launch,
@@ -968,3 +969,36 @@ def test_other_models_are_no_scorers(refused, starts, tmp_path):
     for folder in (starts / "run1", tmp_path):
         assert "--score" in refused(score=path, output_dir=str(folder))
     assert not list(tmp_path.glob("*.scores.jsonl"))
+
+
+# ---- The terminal ----
+
+
+def test_the_terminal_may_leave(starts, tmp_path):
+    """`python sft.py | head -1`: no traceback, and no other message."""
+    command = [sys.executable, "sft.py", "--model", str(starts / "run1" / "model"), "--output-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "rows" in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
+@scripts("sft")
+def test_a_sample_may_look_like_anything(script, go, tmp_path, monkeypatch):
+    """As a list of messages, which no data set may hold as text."""
+    monkeypatch.setattr(common, "sample_rows", lambda *_, **columns: [{"prompt": "", "completion": '[{"role": "user"}]'}])
+    assert (go("run") / "model").exists()
+
+
+@pytest.mark.parametrize("rows", [[[5, 6]], [[5], [6, 7, 8, 9, 10]]])
+def test_rows_of_a_few_tokens_are_tried_without_padding(rows, capsys):
+    model = make_model("gpt2")
+    common.check_model(model, rows)
+    assert common.has_rows(model) and capsys.readouterr().out == ""
+
+
+@scripts(*SCRIPTS)
+def test_curves_are_drawn_where_matplotlib_is(script, go):
+    pytest.importorskip("matplotlib")
+    picture = (go("run") / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
