@@ -377,8 +377,7 @@ class RowsCache(Rows):
         return self.forward(self.model, token[:, None], self.last)[:, 0]
 
     def replay(self, token):
-        """forward(token) from a CUDA graph, one a span: its kernels take longer to launch than to run.
-        All that a graph reads and writes stays in the same memory."""
+        """forward(token) from a CUDA graph, one a span, in the same memory: kernels are slower to launch."""
         if self.span not in self.graphs:
             fixed = token.clone()
             graph = torch.cuda.CUDAGraph()
@@ -422,27 +421,30 @@ class RowsCache(Rows):
             pair[:] = [x[: len(rows)].copy_(x[rows]) for x in pair]  # in the same memory
         self.last, self.seen, self.graphs = self.last[rows], self.seen[rows], {}
 
+def pick(weights, noise):
+    """(where the cumulative sum of weights (B, n) passes its share `noise` (B, 1): (B, 1); that sum)."""
+    ends = weights.cumsum(1, dtype=torch.float64)
+    place = torch.searchsorted(ends, noise * ends[:, -1:], right=True)
+    return place.clamp(max=weights.shape[1] - 1), ends
+
 def draw(z, noise):
-    """Tokens of softmax(z) and their log-probs, (B,) each: where the cumulative distribution, of blocks of 64
-    tokens and then in a block, passes the noise, (B,) in [0, 1). z (B, V) is used up."""
+    """Tokens of softmax(z) and their log-probs, (B,) each, by the noise, (B,) in [0, 1); z (B, V) is used up.
+    Of a large vocabulary first a block of 64 tokens is drawn, and then one of these."""
     p = z.sub_(z.amax(1, keepdim=True)).exp_()
     V = p.shape[1]
-    row = torch.arange(len(p), device=p.device)
-    blocks = F.pad(p, (0, -V % 64)) if V % 64 else p
-    blocks = blocks.unflatten(1, (-1, 64))
-    masses = blocks.sum(2).double()
-    ends = masses.cumsum(1)  # (B, V / 64)
-    total = ends[:, -1]
-    wanted = noise * total
-    block = torch.searchsorted(ends, wanted[:, None], right=True).squeeze(1)
-    block = block.clamp(max=ends.shape[1] - 1)
-    share = (wanted - ends[row, block]) / masses[row, block] + 1  # of the block that is passed
-    inner = blocks[row, block].double().cumsum(1)  # (B, 64)
-    wanted = share[:, None] * inner[:, -1:]
-    place = torch.searchsorted(inner, wanted, right=True).squeeze(1)
-    token = (64 * block + place).clamp(max=V - 1)
-    logp = (p[row, token] / total).log()
-    return token, logp.to(z.dtype)
+    noise = noise[:, None]
+    if V <= 4096:
+        token, ends = pick(p, noise)
+    else:
+        blocks = F.pad(p, (0, -V % 64)) if V % 64 else p
+        blocks = blocks.unflatten(1, (-1, 64))
+        masses = blocks.sum(2)  # (B, V / 64)
+        block, ends = pick(masses, noise)
+        share = (noise * ends[:, -1:] - ends.gather(1, block)) / masses.gather(1, block) + 1  # of the block
+        place, _ = pick(blocks.take_along_dim(block[..., None], 1).squeeze(1), share)
+        token = (64 * block + place).clamp(max=V - 1)
+    logp = (p.gather(1, token) / ends[:, -1:]).log()
+    return token.squeeze(1), logp.squeeze(1).to(z.dtype)
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256, first=0):
@@ -641,9 +643,7 @@ def like(x, p):
 
 def without_adapters(model):
     """The model as it was before --lora-rank."""
-    if hasattr(model, "adapters"):
-        return model.adapters[0].disable_adapter()
-    return contextlib.nullcontext()
+    return model.adapters[0].disable_adapter() if hasattr(model, "adapters") else contextlib.nullcontext()
 
 def state_of(part):
     """What --resume needs of a model, its trained weights, or of an optimizer, whole."""
@@ -1271,13 +1271,15 @@ def check_flags(args):
 def make_first(path, default, script):
     """Run the script that makes the default model, if it has not run yet."""
     if path == default and not Path(path).exists():
-        if not Path(__file__).with_name(script).exists():
+        file = Path(__file__).with_name(script)
+        if not file.exists():
             fail(f"{path} does not exist, nor {script}, which makes it: pass a folder or a Hub id")
         print(f"{path} does not exist yet: running {script}, which makes it")
         code = torch.zeros(1)
         if ranks()[0] == 0:
-            alone = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
-            code += subprocess.run([sys.executable, Path(__file__).with_name(script)], env=alone).returncode
+            alone = dict(os.environ)
+            alone.pop("LOCAL_RANK", None)
+            code += subprocess.run([sys.executable, file], env=alone).returncode
         if over_ranks(code):
             raise SystemExit(int(code))
 
@@ -1482,9 +1484,8 @@ class Run:
         """Print samples and metrics beside those of the first evaluation; draw `names` into curves.png."""
         if ranks()[0]:
             return
-        logs = [(self.folder / name).read_text().splitlines() for name in self.LOGS]
-        metrics = [json.loads(line) for line in logs[0]]
-        first = [json.loads(line) for line in logs[1][:5]]
+        metrics, first = [(self.folder / name).read_text().splitlines() for name in self.LOGS]
+        metrics = list(map(json.loads, metrics))
         with contextlib.suppress(ImportError):  # if it is installed
             from matplotlib.figure import Figure
             figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
@@ -1493,7 +1494,7 @@ class Run:
                 axes.plot(*zip(*points), ".-")
                 axes.set(title=name, xlabel="step")
             figure.savefig(self.folder / "curves.png")
-        for old, new in zip(first, samples):
+        for old, new in zip(map(json.loads, first), samples[:5]):
             print(f"{new['prompt'][-90:]!r}\n  before {old['completion'][:90]!r}\n"
                   f"  after  {new['completion'][:90]!r}")
         for name, value in after.items():
