@@ -12,10 +12,9 @@ import sys
 
 import pytest
 import torch
-import transformers
 from conftest import ROOT, make_model
 from safetensors.torch import load_file
-from tiny_runs import DATA, SCRIPTS, read, timeless, write
+from tiny_runs import SCRIPTS, head, read, timeless, write
 
 import common
 
@@ -46,7 +45,10 @@ def nine_rows(starts):
     says depends on the process.
     """
     for name, script in SCRIPTS.items():
-        write(starts / f"nine_{name}.jsonl", script.rows(0, 9))
+        rows = script.rows(0, 9)
+        if name == "dpo":
+            rows[6:] = head("rankings", 0, 3)
+        write(starts / f"nine_{name}.jsonl", rows)
     (starts / "by_rank.py").write_text(
         "import os\n\n\ndef words(prompts, completions, **columns):\n"
         "    return [len(text.split()) + int(os.environ.get('RANK', 0)) for text in completions]\n")
@@ -211,11 +213,11 @@ def test_out_of_memory_in_training_is_a_line(capsys):
 # ---- torchrun itself ----
 
 
-def torchrun(n, *arguments, endpoint="localhost:0", nodes=1, **options):
+def torchrun(n, *arguments, endpoint="localhost:0", nodes=1, cwd=ROOT):
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(n),
                "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_two_agents_are_two_nodes(fleet, starts, tmp_path):
@@ -232,6 +234,30 @@ def test_two_agents_are_two_nodes(fleet, starts, tmp_path):
     rows = timeless(read(fleet / "sft-1" / "metrics.jsonl")), timeless(read(tmp_path / "sft-nodes" / "metrics.jsonl"))
     for want, got in zip(*rows, strict=True):
         assert all(is_near(got[key], want[key]) for key in want)
+
+
+FIRST = """import os, sys
+assert "LOCAL_RANK" not in os.environ
+open("made.txt", "a").write("once\\n")
+sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_one_rank_makes_what_all_start_from(tmp_path, code):
+    """The others wait for it, and end as it ends."""
+    shutil.copy(ROOT / "common.py", tmp_path)
+    (tmp_path / "first.py").write_text(FIRST.format(code=code))
+    (tmp_path / "run.py").write_text(
+        "import types, common\n"
+        "common.device_of(types.SimpleNamespace(device='cpu', dtype='auto'))\n"
+        "common.make_first('model', 'model', 'first.py')\n"
+        "open(f'after-{common.ranks()[0]}', 'w')\n")
+    process = torchrun(2, "run.py", cwd=tmp_path)
+    process.communicate(timeout=200)
+    assert (tmp_path / "made.txt").read_text() == "once\n"
+    assert len(list(tmp_path.glob("after-*"))) == (0 if code else 2)
+    assert (process.returncode == 0) == (code == 0)
 
 
 def test_bad_input_is_one_line_of_one_rank(fleet, starts, tmp_path):
@@ -270,4 +296,3 @@ def test_frozen_layers_in_16_bits_change_no_product():
     trained = make_model("llama")
     common.lighten(Plain, lambda: torch.autocast("cpu", torch.bfloat16), trained)
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
-    assert isinstance(trained, transformers.PreTrainedModel) and DATA.exists()
