@@ -200,7 +200,8 @@ def reached(folder) -> str:
 
 def files_of(folder) -> dict[str, Path]:
     """Name -> path, folders included, less the events of TensorBoard, whose names hold the time of a start."""
-    paths = [path for path in folder.rglob("*") if not path.name.startswith("events.out")]
+    left_out = "events.out", "curves.png"  # a picture that is drawn when all else is done
+    paths = [path for path in folder.rglob("*") if not path.name.startswith(left_out)]
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 

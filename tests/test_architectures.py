@@ -110,6 +110,7 @@ RIGHT = {
     "nemotron": ("nemotron", {}),
     "xglm": ("xglm", {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 48, "init_std": 0.2}),
     "biogpt": ("biogpt", {}),
+    "falcon_h1": ("falcon_h1", {"mamba_d_ssm": 64, **MAMBA_2}),
     "ctrl": ("ctrl", {"n_embd": 32, "dff": 48, "n_head": 4, "n_layer": 2, "n_positions": 64}),
 }
 REFUSED = {
@@ -119,8 +120,6 @@ REFUSED = {
     "zamba2": ("zamba2", {**HYBRID, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4}),
     "bart": ("bart", DECODER),
     "trocr": ("trocr", DECODER),
-    # finished rows cannot leave their cache
-    "falcon_h1": ("falcon_h1", {"mamba_d_ssm": 64, **MAMBA_2}),
     "minimax": ("minimax", {"block_size": 4, "layer_types": LINEAR["layer_types"], **EXPERTS, **HEADS_OF_8}),
     # no cache among the outputs
     "openai-gpt": ("openai-gpt", {}),
