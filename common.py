@@ -887,12 +887,12 @@ def make_comparison(row):
         fail(f"{where}: chosen and rejected must both be text, or both lists of messages")
     is_text = isinstance(answers[0], str)
     if prompt is None or isinstance(prompt, str) and not is_text:  # such lists repeat it
-        shared = takewhile(lambda column: all(x == column[0] for x in column), zip(*answers))
-        found = answers[0][: len(list(shared))]  # characters, or messages
         if is_text:
-            found = "".join(found.rpartition("\n\nAssistant:")[:2])
+            shared = os.path.commonprefix(answers)
+            found = "".join(shared.rpartition("\n\nAssistant:")[:2])
         else:
-            found = found[: min(map(len, answers)) - 1]  # the last message is the answer
+            shared = takewhile(lambda turns: all(turn == turns[0] for turn in turns), zip(*answers))
+            found = [turns[0] for turns in shared][: min(map(len, answers)) - 1]  # the last is the answer
         if not found or prompt and json.dumps(prompt)[1:-1] not in json.dumps(found, default=str):
             fail(f"{where}: no prompt column, nor a shared beginning: see data/convert.py")
         prompt = found
