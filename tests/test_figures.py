@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 from conftest import ROOT
+from make_world import entropy
 from tiny_runs import read
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -92,6 +93,27 @@ def test_lengths():
          f"{sides[0]:.1f} against {sides[1]:.1f} tokens", f"at the same KL ({optimum['optimum']:.1f})",
          f"({length['PPO, learned reward']} on the learned reward, {length['PPO, gold reward']} on the gold reward)",
          f"({length['GRPO, k3 in the loss (default)']} with k3 in the loss, {length['GRPO, k1 in the reward']}")  # fmt: skip
+
+
+def test_sft_and_dpo():
+    table, words = rows("SFT and DPO", "seed |"), section("SFT and DPO")
+    runs = load("five_seeds_cpu")["runs"]["dpo"]
+    losses = []
+    for cells, (seed, run) in zip(table, runs.items(), strict=True):
+        loss, gold = curve(f"sft-{seed}")[1]["eval/loss"], run["gold"]
+        accuracy = curve(f"dpo-{seed}")[1]["eval/rewards/accuracies"]
+        assert cells == [
+            seed, f"{loss:.4f}", f"{accuracy:.3f}", f"{gold['reward']:.3f} ± {gold['reward_se']:.3f}",
+            f"{run['kl']:.2f} ± {run['kl_se']:.2f}", f"{gold['frontier']:.3f}", f"{gold['fraction']:.3f}"]
+        losses.append(loss)
+    nats, tokens = entropy()
+    (_, _, kl, _), _ = load("frontier")["optima"]  # at DPO's default beta
+    further = [run["kl"] - kl for run in runs.values()]
+    fractions = [run["gold"]["fraction"] for run in runs.values()]
+    held(words, f"entropy {nats / tokens:.4f}", f"within {max(losses) - nats / tokens:.3f} nats",
+         f"about {min(further):.1f} to {max(further):.1f} nats further", f"(KL {kl:.2f})")  # fmt: skip
+    assert f"DPO stays at {min(fractions):.2f} to {max(fractions):.2f} of" in section("Reward model and PPO")
+    assert f"no model can be below {nats / tokens:.3f}, the entropy" in MAIN
 
 
 def test_ppo():
