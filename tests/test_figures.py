@@ -7,6 +7,7 @@ import csv
 import json
 import statistics
 
+import curves
 import pytest
 from conftest import ROOT
 from make_world import entropy
@@ -141,6 +142,7 @@ def test_ppo():
     runs = [row[name] for row in seconds for name in ("ppo", "ppo_gold")]
     words = section("Reward model and PPO")
     assert f"{min(models):.0f} to {max(models):.0f} s for the reward model, {min(runs):.0f} to {max(runs):.0f} s" in words
+    assert f"PPO reaches {statistics.mean(columns['gold']):.2f}." in words
 
 
 def test_grpo():
@@ -201,12 +203,16 @@ def test_overoptimization():
 def test_fixed_points():
     table = rows("Fixed points", "KL term, beta 0.5")
     assert load("fixed_points")["args"]["beta"] == 0.5
-    shares = {}
+    shares, worst = {}, [0.0, 0.0]
     for name, found in load("fixed_points")["problems"].items():
         for row in found:
             x = [100 * share for share in row["share_lost_all"]]
             key = row["kl_in"], row["estimator"], row["level"]
             shares[(name.partition(",")[0], *key)] = statistics.mean(x), min(x), max(x)
+            worst[0] = max(worst[0], row.get("distance_to_prediction") or 0)
+            worst[1] = max(worst[1], abs(row["J_lost"] - row["beta_kl"]))
+    assert [f"{x:.0e}" for x in worst] == ["1e-11", "2e-16"]
+    held(section("Fixed points"), "predicted point to 1e-11", "KL(pi || pi*)` to 2e-16")
     three = {key[1:]: x for key, x in shares.items() if key[0].startswith("three")}
     one = {key[1:]: x for key, x in shares.items() if key[0].startswith("one")}
     cells = [row[-2:] for row in table]
@@ -311,6 +317,8 @@ def test_on_a_gpu():
         assert bound / 2 < max(result[script]["fp32 against the CPU"][when][0] for script in scripts) <= bound
         bounds.append(f"{bound:.0e}".replace("e-0", "e-"))
     held(words, f"{bounds[0]} before training, {bounds[1]} after the first step and {bounds[2]} at the end")
+    bf16 = max(result[script]["bf16 against the CPU"]["end"][0] for script in scripts[:3])
+    assert f"losses, accuracies and rewards differ by up to {bf16:.2f};" in words
     kinds = ["log_softmax + gather", "gather on logits.float()", "TRL ChunkedLogProb", "ours, default"]
     ratios = []
     for shape, *cells in rows("On a GPU", "tokens x hidden"):
@@ -347,6 +355,21 @@ def test_runs_at_ten_times_the_learning_rate():
     held(words, f"a loss of {losses[0]} in place of {losses[1]} and an accuracy of {accuracies[0]} in place of {accuracies[1]}")
     chosen = curve("dpo-1")[1]["eval/rewards/chosen"]
     assert f"on the embedded world from 0 to {chosen:.1f} while" in section("Reading the curves")
+
+
+def test_a_narrower_band(monkeypatch):
+    """With 4 standard deviations one healthy run would leave it, with the 5 of the README none does."""
+    lost = {}
+    for width in (4.0, 5.0):
+        monkeypatch.setattr(curves, "WIDTH", width)
+        lost[width] = 0
+        for name, row in load("curves/verdicts")["runs"].items():
+            if row["made"] == "healthy":
+                log = curves.read(curves.CURVES / f"{name}.jsonl")
+                others = [curves.CURVES / f"{log.script}-{seed}.jsonl" for seed in curves.SEEDS]
+                band = [curves.read(file) for file in others if file.stem != name]
+                lost[width] += curves.verdict(log, band)["verdict"] != "healthy"
+    assert lost == {4.0: 1, 5.0: 0} and "(4 would have lost one of them)" in section("Is my run healthy")
 
 
 def test_what_you_should_see():

@@ -257,3 +257,5 @@ def test_the_samples_in_the_text_are_those_of_the_results():
         found += any(start in prompt and before.startswith(texts[0]) and after.startswith(texts[1])
                      for prompt, before, after in known.values())
     assert found == 11
+    assert 'It writes "4 + 4 = 8" where' in " ".join(section.split())
+    assert "4 + 4 = 8" in [after for _, before, after in known.values()]
