@@ -56,6 +56,17 @@ def curve(name):
     return found[0], found[-1]
 
 
+# ---- Files ----
+
+
+@pytest.mark.parametrize("file", sorted(file.name for file in RESULTS.iterdir()))
+def test_each_file_of_results_has_its_command(file):
+    """The README names it, or a benchmark that the README names writes it."""
+    stem = file.partition(".")[0]
+    writers = [path.name for path in (ROOT / "benchmarks").glob("*.py") if f"results/{stem}" in path.read_text()]
+    assert f"results/{file}" in TEXT or any(f"python benchmarks/{name}" in TEXT for name in writers)
+
+
 # ---- Data ----
 
 
