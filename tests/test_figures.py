@@ -4,12 +4,14 @@ tested there.
 """
 
 import csv
+import itertools
 import json
 import statistics
 
 import curves
 import pytest
 from conftest import ROOT
+from gold_reward import gold_reward
 from make_world import entropy
 from tiny_runs import read
 
@@ -89,6 +91,15 @@ def test_rankings():
     assert len(read(ROOT / "data" / "rankings.jsonl")) == 1500 and len(held_out) == 300
     assert "1,500 rankings of four" in section("Rankings")
     assert f"{1500 + len(held_out):,} rankings of four" in section("The embedded world")
+    shares = []
+    for row in held_out:
+        gold = gold_reward([row["prompt"]] * 4, row["completions"])
+        right = []
+        for (x, i), (y, j) in itertools.combinations(zip(gold, row["ranking"]), 2):
+            vote = 0.5 if i == j else float(i < j)  # 1 is best
+            right.append(vote if x > y else 1 - vote if x < y else 0.5)
+        shares.append(statistics.mean(right))
+    assert f"The gold reward itself has {statistics.mean(shares):.3f}." in section("Rankings")
 
 
 # ---- The methods ----
