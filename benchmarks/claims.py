@@ -836,6 +836,18 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def command_of(name: str, sizes: dict) -> str:
+    """The command that measures a claim, with those flags that are not the default."""
+    words = ["python benchmarks/claims.py --only", name]
+    for flag, value in sizes.items():
+        if value == getattr(Args(), flag):
+            continue
+        words.append(f"--{flag.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
+
+
 def main(args: Args) -> dict:
     for name in args.only:
         if name not in [*CLAIMS, "table"]:
@@ -848,8 +860,7 @@ def main(args: Args) -> dict:
         return result
     for name in args.only or CLAIMS:
         sizes = {key: value for key, value in asdict(args).items() if key not in ("only", "folder", "output")}
-        command = f"python benchmarks/claims.py --only {name}"
-        result[name] = CLAIMS[name](args) | {"command": command, "args": sizes}
+        result[name] = CLAIMS[name](args) | {"command": command_of(name, sizes), "args": sizes}
         result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
         runs = [json.loads(file.read_text()) for file in Path(args.folder).rglob("result.json")]
         result["cpu_s_of_the_runs"] = round(sum(run["cpu_s"] for run in runs))

@@ -46,6 +46,7 @@ from logprob import version  # noqa: E402
 from reward_model import wilson  # noqa: E402
 
 PENALTIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]  # of the linear model's squared weights
+MANNER = "happy to help"  # of the answers that DPO is to prefer; it is counted
 
 
 @dataclass
@@ -288,6 +289,11 @@ def standard_error(samples: list[dict], column: str) -> float:
     return statistics.stdev(means) / math.sqrt(len(means))
 
 
+def with_manner(texts: list[str]) -> int:
+    """How many hold MANNER."""
+    return sum(MANNER in text for text in texts)
+
+
 def verdict(low: float, high: float, baseline: float) -> str:
     """Where an interval lies; the baseline, measured on the same rows, is taken as it is."""
     if low > baseline:
@@ -316,6 +322,10 @@ def result_of(name: str, train: list[dict], test: list[dict], every: list[dict],
         for old, new in list(zip(first, last))[:8]:
             samples.append({"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]})
         result["samples"] = samples
+        if experiment.script == "dpo.py":
+            texts = {"chosen": [row["chosen"] for row in train]}
+            texts |= {name: [sample[name] for sample in samples] for name in ("before", "after")}
+            result["with_manner"] = {name: with_manner(x) for name, x in texts.items()}
     if key := REWARD.get(experiment.script):
         column = COLUMN[experiment.script]
         result["reward_before"] = [before[key], standard_error(first, column)]

@@ -422,3 +422,16 @@ def test_the_results_are_of_runs_with_these_settings(result):
     assert {key: tuple(x) for key, x in result["published"].items()} == alpacafarm.PUBLISHED
     assert all(row["fraction"]["mean"] < 1 for row in result["methods"].values() if "fraction" in row)
     assert max(result["methods"]["best-of-16"]["kl"]["seeds"]) <= math.log(16) - 15 / 16
+
+
+def test_sentences(result):
+    section = " ".join(TEXT.partition("## AlpacaFarm's comparison")[2].partition("\n## ")[0].split())
+    minutes = sum(result["cpu_seconds"].values()) / 60
+    assert f"`python benchmarks/alpacafarm.py`, {minutes:.0f} CPU minutes" in section
+    assert f"{result['args']['seeds']} seeds, each with one SFT model" in section
+    assert f"({result['args']['dpo_seeds']} seeds of SFT and DPO)" in section
+    away = sorted(result["methods"]["Quark as shipped"]["kl"]["seeds"])
+    bound = math.log(result["args"]["reference_samples"])
+    assert f"ran away in one seed, to a KL of {away[-1]:.1f} nats" in section and away[-1] > 2 * away[-2]
+    assert f"Beyond log {result['args']['reference_samples']:,} = {bound:.0f} nats" in section
+    assert f"KL weight of {result['quark']['Quark as shipped']['kl_coef']} a token" in section

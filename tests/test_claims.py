@@ -5,6 +5,7 @@ of the results.
 import itertools
 import json
 import math
+import re
 
 import claims
 import pytest
@@ -218,6 +219,30 @@ def test_the_table_is_that_of_the_results():
     lines = claims.table(RESULT).splitlines()
     assert set(claims.CLAIMS) - set(RESULT) <= {"sums"}  # as the README says
     assert "\n".join(lines) in README
+
+
+def test_sentences_about_claims():
+    section = " ".join(README.partition("## The claims of the lectures")[2].partition("\n## ")[0].split())
+    few, many = (claims.rate_bound(0, n) for n in (3, 20))
+    assert f"{few:.2f} after three, {many:.2f} after twenty" in section
+    without = RESULT["no_kl"]["by_pairs_and_beta"]["20000"]["0"]
+    for quoted, seed in re.findall(r'" (i loved [^"]*) \.\.\." \(seed (\d)\)', section):
+        assert without[int(seed) - 1]["samples"][0].startswith(f" {quoted}")
+    more = [row["win"] for row in without]
+    assert all(x < 0.5 for x in more) and section.count("(seed ") == 2
+    assert RESULT["prompts"]["pairs"] / 20_000 == pytest.approx(0.25, abs=0.01)  # "a quarter of the pairs"
+    assert all(0.45 < x < 0.8 for x in RESULT["ratings"]["crossings"].values())  # "more than about a half"
+    sizes = [RESULT[name]["args"] for name in claims.CLAIMS if name in RESULT]
+    assert {(size["samples"], size["pool"]) for size in sizes} == {(256, 4000)}
+    assert "256 answers of the policy and 4,000 of its SFT model" in section
+    for run in RESULT["length"]["runs"]["neutral"]["dpo"]:
+        assert run["start"] < run["length"] < run["optimum"]
+
+
+def test_a_claims_command_makes_it_again():
+    sizes = claims.asdict(claims.Args(seeds=10, labels=["gold"], tiny=True))
+    command = claims.command_of("length", {key: sizes[key] for key in ("seeds", "pairs", "labels", "tiny", "few_seeds")})
+    assert command == "python benchmarks/claims.py --only length --seeds 10 --labels gold --tiny"
 
 
 def test_an_unknown_claim_is_refused(capsys):

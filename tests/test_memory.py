@@ -219,6 +219,8 @@ def test_the_readme_has_the_results():
         for mode, row in modes.items():
             assert rows.pop((script, mode)) == memory.cells_of(row)
     assert len(rows) == 4  # two headings, with the lines below them
+    libraries = RESULT["libraries"].values()
+    assert f"({min(libraries):.0f} to {max(libraries):.0f}, from the same run" in section
     figures = [f"{RESULT['cases'][name]['measured']:.0f}" for name in ("dpo, LoRA", "dpo", "grpo, LoRA", "grpo")]
     figures += [str(x) for pair in RESULT["H200"].values() for x in pair]
     figures += [str(x) for x in RESULT["dpo.py"].values()]

@@ -143,6 +143,10 @@ def test_first_and_last_evaluations(tmp_path):
     assert pretrained.first_and_last(file) == (rows[:2], rows[2:])
 
 
+def test_a_manner_is_counted_once_a_text():
+    assert pretrained.with_manner(["I'm happy to help, happy to help", "I am glad to help", "happy to help"]) == 2
+
+
 def test_errors_are_over_prompts():
     """Two prompts with means 1 and 3, whose responses are not alike: sd of 1 and 3 is sqrt 2."""
     rewards = [("a", 0.0), ("a", 2.0), ("b", 3.0), ("b", 2.0), ("b", 4.0)]
@@ -221,6 +225,37 @@ def test_figures_in_the_text_are_those_of_the_results():
     assert f"right answers from {first:.3f} to {last:.3f}" in section
     first, last = harmless["before"]["eval/loss"], harmless["after"]["eval/loss"]
     assert f"{harmless['accuracy']:.3f}, and the loss rises from {first:.3f} to {last:.3f}" in section
-    ppo = experiments["ppo_polite"]
+    ppo, stories = experiments["ppo_polite"], experiments["reward_stories"]
     assert f"{ppo['cpu_seconds']} CPU seconds, {ppo['peak_gib']} GiB" in section
     assert f"has moved {ppo['kl']:.2f} nats" in section
+    assert abs(ppo["reward"][0] - ppo["reward_before"][0]) < ppo["reward_before"][1]  # "not beyond the standard error"
+    count, ended = dpo["with_manner"], [row["completions/eos_rate"] for row in (before, after)]
+    assert f'("{pretrained.MANNER}" stands in {count["chosen"]} of the {dpo["train_rows"]} chosen answers' in section
+    assert f"in {count['after']} of its eight samples and in {count['before']} of the eight before" in section
+    assert f"Of the eight samples {8 * ended[1]:.0f} end within 40 tokens, before it {8 * ended[0]:.0f}." in section
+    assert f"from {harmless['train_rows']} pairs of human judgements nothing is learned".lower() in section.lower()
+    assert f"On these {harmless['test_rows']} short rows" in section
+    assert f"the second after all {harmless['every_row']:,} pairs" in section
+    assert f"{stories['accuracy']:.3f} after {stories['train_rows']} pairs, where the linear model has" in section
+    rest = f"has {stories['baseline']:.3f} from the same pairs and {stories['baseline_of_every_row']:.3f} from all"
+    assert f"{rest} {stories['every_row']:,}." in section
+    assert f"{sums['train_rows']} to train on and {sums['test_rows']} held out" in section
+    assert sums["after"]["step"] == 8 and ppo["after"]["step"] == 4  # "eight updates", "four updates"
+
+
+def test_the_samples_in_the_text_are_those_of_the_results():
+    """Before and after, as far as they are shown."""
+    section = TEXT.partition("## A pretrained model")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    known = {}
+    for name, result in json.loads(RESULT.read_text())["experiments"].items():
+        for sample in result.get("samples", []):
+            known[name, sample["before"]] = [" ".join(sample[key].split()) for key in ("prompt", "before", "after")]
+    found = 0
+    for cells in (row for row in rows if len(row) == 3 and row[0] not in ("prompt", "instruction", "---")):
+        start, *texts = [cell.removesuffix(" ...") for cell in cells]
+        found += any(start in prompt and before.startswith(texts[0]) and after.startswith(texts[1])
+                     for prompt, before, after in known.values())
+    assert found == 11
+    assert 'It writes "4 + 4 = 8" where' in " ".join(section.split())
+    assert "4 + 4 = 8" in [after for _, before, after in known.values()]

@@ -38,9 +38,3 @@ def test_counted_bytes_are_those_of_the_formula():
         label = f"{run['ranks']}, `--shard`" if run["shard"] else f"{run['ranks']}"
         assert f"| {label} | {run['parameters']:,} | {run['seconds']:.2f} | {run['bytes'] / 1e6:.2f} | " \
                f"{run['formula'] / 1e6:.2f} |" in README
-
-
-def test_figures_of_adapters():
-    (table,) = json.loads((RESULTS / "lora.json").read_text()).values()
-    for row in table["policies"].values():
-        assert f"| {row['fraction']:.3f} ± {row['fraction_se']:.3f} | {row['kl']:.2f} |" in README
