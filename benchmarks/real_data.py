@@ -1,4 +1,4 @@
-"""Do the scripts learn from real rows? A small real model, on preferences and rankings of people and models.
+"""Do the scripts learn from real rows? A small real model, on pairs of texts and a learned reward.
 
     python benchmarks/real_data.py --shared ../shared
 
@@ -7,10 +7,10 @@ data sets are part of this repository: --shared is a folder with models/stories2
 commands are in RUNS, below. Each script has one setting for all of its runs, SETTINGS, which is not tuned:
 nothing is chosen on the rows that are reported.
 
-tinystories_pref      the beginning of a story; its own continuation is chosen over one that the model sampled
-polite_1100           an instruction; the polite answer is chosen over the rude one
-qa_feedback_rankings  a question with four answers, compared two by two by people; ties are allowed
+tinystories_pref  the beginning of a story; its own continuation is chosen over a generated one
+polite_1100       an instruction; the politer of two answers is chosen
 
+Beside them stands the linear model of pretrained.py, on the words of the completions, after the same rows.
 Runs that have finished are kept in --folder, so a command that was stopped can be repeated. One CPU core, a
 quarter of an hour.
 """
@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import tyro
@@ -35,7 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from claims import kept  # noqa: E402
 from common import fail  # noqa: E402
 from logprob import version  # noqa: E402
+from pretrained import linear_baseline  # noqa: E402
 
+SPLITS = ("train", "test")
 PAIRS = "--learning-rate 5e-4 --batch-size 32 --micro-batch-size 16"
 POLICY = ("--reward {folder}/reward_stories/model --max-new-tokens 64 --missing-eos-penalty 0 --kl-coef 0.2 "
           "--learning-rate 2e-4 --batch-size 64 --num-minibatches 4 --total-episodes 2560 --eval-samples 256")
@@ -51,9 +52,7 @@ RUNS = {  # name -> command, to which --model, SETTINGS and --output-dir are add
     "reward_polite": "reward_model.py --dataset {data}/polite_1100.train.jsonl",
     "ppo": "ppo.py --dataset {folder}/prompts.train.jsonl",
     "grpo_k1": "grpo.py --kl-in reward --dataset {folder}/prompts.train.jsonl",
-    "dpo_polite": "dpo.py --dataset {data}/polite_1100.train.jsonl",
-    "rankings": "reward_model.py --dataset {folder}/rankings.train.jsonl",
-    "rankings_pl": "reward_model.py --loss-type plackett_luce --dataset {folder}/rankings.train.jsonl"}
+    "dpo_polite": "dpo.py --dataset {data}/polite_1100.train.jsonl"}
 TINY = {  # what a test changes, beside the number of rows
     "reward_model.py": "--num-train-epochs 1 --batch-size 8",
     "dpo.py": "--num-train-epochs 1 --batch-size 8 --max-new-tokens 8",
@@ -73,55 +72,48 @@ class Args:
 
 
 def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with open(file, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def ranking_of(row: dict) -> dict:
-    """A row of qa_feedback_rankings as prompt, completions and ranking: by wins, a tie half a win."""
-    judged = row["pairwise_1v2_1v3_1v4_2v3_2v4_3v4"]  # 1: the first is better, 2: the second, 0: a tie
-    wins = [0.0] * 4
-    for (i, j), better in zip(combinations(range(4), 2), judged):
-        wins[i] += {1: 1.0, 2: 0.0, 0: 0.5}[better]
-        wins[j] += {1: 0.0, 2: 1.0, 0: 0.5}[better]
-    ranking = [1 + sum(other > own for other in wins) for own in wins]
-    completions = [" " + answer for answer in row["responses"]]
-    return {"prompt": row["prompt"], "completions": completions, "ranking": ranking}
+def read_pairs(args: Args) -> dict[str, list[list[dict]]]:
+    """Data set -> its training and its held-out rows."""
+    pairs = {}
+    for name in ("tinystories_pref", "polite_1100"):
+        parts = [read(Path(args.shared) / "data" / f"{name}.{split}.jsonl") for split in SPLITS]
+        pairs[name] = [rows[:8] for rows in parts] if args.tiny else parts
+    return pairs
 
 
-def write_files(args: Args) -> str:
-    """Write prompts and rankings into --folder; with --tiny 8 rows of the rest too. Returns RUNS' {data}."""
-    folder, data = Path(args.folder), Path(args.shared) / "data"
+def write_files(args: Args, pairs: dict) -> None:
+    """Write the prompts of the stories, each once, into --folder; with --tiny the pairs too."""
+    folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    size = 8 if args.tiny else None
-    for split in ("train", "test"):
-        for name in ("tinystories_pref", "polite_1100"):
-            rows = read(data / f"{name}.{split}.jsonl")[:size]
-            if args.tiny:
+    for split, rows in zip(SPLITS, pairs["tinystories_pref"]):
+        prompts = dict.fromkeys(row["prompt"] for row in rows)
+        write(folder / f"prompts.{split}.jsonl", [{"prompt": prompt} for prompt in prompts])
+    if args.tiny:
+        for name, parts in pairs.items():
+            for split, rows in zip(SPLITS, parts):
                 write(folder / f"{name}.{split}.jsonl", rows)
-            if name == "tinystories_pref":
-                prompts = dict.fromkeys(row["prompt"] for row in rows)
-                write(folder / f"prompts.{split}.jsonl", [{"prompt": prompt} for prompt in prompts])
-    rankings = [ranking_of(row) for row in read(data / "qa_feedback_rankings.jsonl")]
-    write(folder / "rankings.train.jsonl", rankings[:400][:size])
-    write(folder / "rankings.test.jsonl", rankings[400:][:size])
-    return args.folder if args.tiny else str(data)
 
 
 # ---- Runs ----
 
 
-def train(args: Args, name: str, command: str, data: str) -> dict:
-    """Run a command once: {"command", "held_out": rows, "cpu_seconds"}."""
-    script, *flags = shlex.split(command)
+def train(args: Args, name: str) -> dict:
+    """Run a command of RUNS once: {"command", "held_out": rows, "cpu_seconds"}."""
+    script, *flags = shlex.split(RUNS[name])
     words = [script, "--model", "{shared}/models/stories260K", *flags, *shlex.split(SETTINGS[script]),
              "--eval-every", "0", "--output-dir", f"{{folder}}/{name}"]
 
     def run():
         shutil.rmtree(Path(args.folder) / name, ignore_errors=True)  # what a killed run left
+        data = args.folder if args.tiny else f"{args.shared}/data"
         _, *flags = [word.format(shared=args.shared, folder=args.folder, data=data) for word in words]
         if args.tiny:
             flags += TINY[script].split()
@@ -171,12 +163,15 @@ def measured(folder: Path, held_out: int) -> dict:
 def main(args: Args) -> dict:
     if not (Path(args.shared) / "models" / "stories260K").is_dir():
         fail(f"--shared {args.shared}: there is no models/stories260K in it")
-    data = write_files(args)
-    result = {"versions": {name: version(name) for name in ("torch", "transformers")}, "runs": {}}
-    for name, command in RUNS.items():
-        run = train(args, name, command, data)
-        run |= measured(Path(args.folder) / name, run["held_out"])
-        result["runs"][name] = run
+    pairs = read_pairs(args)
+    write_files(args, pairs)
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    result = {"versions": versions, "linear": {}, "runs": {}}
+    for name, parts in pairs.items():
+        result["linear"][name] = linear_baseline(*parts)
+    for name in RUNS:
+        run = train(args, name)
+        result["runs"][name] = run | measured(Path(args.folder) / name, run["held_out"])
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
