@@ -24,7 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -47,12 +47,12 @@ SETTINGS = {
     "grpo.py": POLICY}
 RUNS = {  # name -> command, to which --model, SETTINGS and --output-dir are added
     "reward_stories": "reward_model.py --dataset {data}/tinystories_pref.train.jsonl",
-    "grpo": "grpo.py --dataset {folder}/prompts.train.jsonl",
     "dpo_stories": "dpo.py --dataset {data}/tinystories_pref.train.jsonl",
     "reward_polite": "reward_model.py --dataset {data}/polite_1100.train.jsonl",
+    "dpo_polite": "dpo.py --dataset {data}/polite_1100.train.jsonl",
     "ppo": "ppo.py --dataset {folder}/prompts.train.jsonl",
-    "grpo_k1": "grpo.py --kl-in reward --dataset {folder}/prompts.train.jsonl",
-    "dpo_polite": "dpo.py --dataset {data}/polite_1100.train.jsonl"}
+    "grpo": "grpo.py --dataset {folder}/prompts.train.jsonl",
+    "grpo_k1": "grpo.py --kl-in reward --dataset {folder}/prompts.train.jsonl"}
 TINY = {  # what a test changes, beside the number of rows
     "reward_model.py": "--num-train-epochs 1 --batch-size 8",
     "dpo.py": "--num-train-epochs 1 --batch-size 8 --max-new-tokens 8",
@@ -63,6 +63,7 @@ TINY = {  # what a test changes, beside the number of rows
 @dataclass
 class Args:
     shared: str = "../shared"  # folder with models/stories260K and data/*.jsonl
+    runs: list[str] = field(default_factory=lambda: list(RUNS))  # names; grpo and ppo need reward_stories
     tiny: bool = False  # the sizes of a test
     folder: str = "runs/real_data"  # of the runs
     output: str = "benchmarks/results/real_data.json"
@@ -169,7 +170,7 @@ def main(args: Args) -> dict:
     result = {"versions": versions, "linear": {}, "runs": {}}
     for name, parts in pairs.items():
         result["linear"][name] = linear_baseline(*parts)
-    for name in RUNS:
+    for name in args.runs:
         run = train(args, name)
         result["runs"][name] = run | measured(Path(args.folder) / name, run["held_out"])
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
