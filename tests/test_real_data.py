@@ -118,7 +118,7 @@ def test_the_pairs():
     learned = [run for run in RUNS.values() if "means_after" not in run]
     for cells, run in zip(rows("Real data", "script | rows"), learned, strict=True):
         script, data = run["command"].split()[1], run["command"].partition("--dataset ")[2].split()[0]
-        assert cells[0].split()[0] == f"`{script}" and cells[1] == Path(data).name.partition(".")[0]
+        assert cells[0].strip("`") == script and cells[1] == Path(data).name.partition(".")[0]
         key = "eval/rewards/accuracies" if script == "dpo.py" else "eval/accuracy"
         after = run["after"]
         if script == "dpo.py":
