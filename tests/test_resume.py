@@ -24,6 +24,7 @@ LONG_RUN = {"epochs": 2, "eval_every": 2, "save_every": 2}  # 6 steps: 2 times 4
 COMMANDS = """
 import json, runpy, signal, sys
 
+sys.modules["matplotlib.figure"] = None  # no pictures
 for path, *flags in json.loads(sys.argv[1]):
     sys.argv = [path, *flags]
     runpy.run_path(path, run_name="__main__")

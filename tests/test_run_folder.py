@@ -66,7 +66,7 @@ def test_run_folder_without_critic(script, go):
     assert set(read(run / "metrics.jsonl")[1]) == (EVERY_STEP | script.step_metrics) - OF_CRITIC
 
 
-def test_main_returns_the_last_metrics(script, tiny, tmp_path):
+def test_main_returns_the_last_metrics(script, tiny, tmp_path, no_pictures):
     """And leaves no signal handler behind."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     last = script.module.main(tiny())
