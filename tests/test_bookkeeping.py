@@ -575,7 +575,7 @@ def test_groups_of_equal_rewards_teach_nothing(go, starts, rewards, capsys, flag
     run = go("run", reward=(f"{rewards}:same",), **flags)
     hook.remove()
     assert len(taken) == steps
-    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (starts / "small1", run))
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (starts / "small_run1", run))
     assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
     rows = trained_rows(run)
     assert [row["grad_norm"] for row in rows] == [row["reward_std"] for row in rows] == [0, 0, 0]
@@ -683,7 +683,7 @@ def test_kl_of_a_sample_is_that_from_the_start(script, go, starts, monkeypatch):
     run = go("run", eval_samples=4, learning_rate=1e-2)
     samples = read(run / "samples.jsonl")[4:]
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
-    models = [script.load(folder) for folder in (starts / "small1", run)]
+    models = [script.load(folder) for folder in (starts / "small_run1", run)]
     for sample, (prompt, response) in zip(samples, rows_of(batches[-1]), strict=True):
         assert tokenizer(sample["prompt"])["input_ids"] == prompt
         with torch.no_grad():

@@ -817,7 +817,7 @@ def test_no_steps_evaluate_only(script, go, whole, starts):
     want = read(whole() / "metrics.jsonl")[0]
     [got] = read(run / "metrics.jsonl")
     assert got == want
-    start = starts / f"{script.model_flags['model']}1" / "model" / "model.safetensors"
+    start = starts / f"{script.size}run1" / "model" / "model.safetensors"
     before = load_file(start) if script.name != "sft" else {}
     after = load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(after[key], before[key]) for key in before) and len(after) > 10

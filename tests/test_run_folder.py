@@ -127,7 +127,7 @@ def test_saved_model_is_the_trained_one(script, go, trained):
 def test_the_right_models_are_trained(script, whole, starts):
     """The policy, and the critic; neither the reference's nor the reward model's weights are what is saved."""
     run = whole()
-    for part, start in zip(script.parts, ("small1", "small_reward1")):
+    for part, start in zip(script.parts, ("small_run1", "small_reward1")):
         before = load_file(starts / start / "model" / "model.safetensors")
         after = load_file(run / part / "model.safetensors")
         moved = [key for key in after if key in before and not torch.equal(before[key], after[key])]
@@ -344,7 +344,7 @@ def test_missing_start_is_made(script, go, whole, starts, tmp_path, monkeypatch)
     def make(command, **options):
         calls.append([str(word) for word in command])
         maker = Path(command[1]).stem
-        shutil.copytree(starts / f"{folders[maker]}1" / "model", Path("runs", maker, "model"))
+        shutil.copytree(starts / f"{script.size}{folders[maker]}1" / "model", Path("runs", maker, "model"))
         return types.SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", make)

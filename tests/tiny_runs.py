@@ -61,7 +61,7 @@ TINY = {  # flags of every tiny run that has them; where the files are is added 
     "update_epochs": 2}
 
 
-OTHER_START = {"model": "small2/model", "reward": "small_reward2/model"}  # of ppo.py and grpo.py
+OTHER_START = {"model": "small_run2/model", "reward": "small_reward2/model"}  # of ppo.py and grpo.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,8 @@ class Script:
     tiny: dict = dataclasses.field(default_factory=dict)  # flags of a tiny run that are not as in TINY
     one_step: dict  # what makes it a run of one optimizer step
     options: dict = dataclasses.field(default_factory=dict)  # other values of flags than those in OPTIONS
-    model_flags: dict  # flags that name a model's folder -> kind of folder among the `starts`
+    model_flags: dict  # flags that name a model's folder -> kind of folder among the `starts`: run or reward
+    size: str = ""  # before these kinds, of the folders from which its tiny runs start
     made_by: tuple[str, ...] = ("sft",)  # scripts that make the default folders of the first of these flags
     loss: str = ""  # the function that gets the responses of each minibatch
     forwards: tuple[str, ...]  # functions that give what the losses are made of
@@ -173,7 +174,8 @@ SCRIPTS = {script.name: script for script in (
         one_step={"batch_size": 12, "micro_batch_size": 12, "total_episodes": 12, "num_minibatches": 1,
                   "update_epochs": 1},
         options={"batch_size": 4, **OTHER_START},
-        model_flags={"model": "small", "reward": "small_reward"},
+        model_flags={"model": "run", "reward": "reward"},
+        size="small_",
         made_by=("sft", "reward_model"),
         loss="ppo_loss",
         forwards=("sequence_logprobs", "token_values"),
@@ -197,7 +199,8 @@ SCRIPTS = {script.name: script for script in (
         one_step={"batch_size": 12, "micro_batch_size": 12, "total_episodes": 12, "num_minibatches": 1,
                   "update_epochs": 1},
         options={"loss_type": "dr_grpo", "total_episodes": 32, **OTHER_START},
-        model_flags={"model": "small", "reward": "small_reward"},
+        model_flags={"model": "run", "reward": "reward"},
+        size="small_",
         loss="grpo_loss",
         forwards=("sequence_logprobs",),
         loaders=("load_model", "load_reward"),
@@ -335,7 +338,7 @@ BAD_REWARDS = ["raises", "needs", "short", "long", "empty", "nan", "inf", "huge"
 @pytest.fixture(scope="session")
 def starts(tmp_path_factory):
     """Two model folders with weights, run1 and run2, from two steps of sft.py each, and reward1 and reward2,
-    reward models of two steps from each; small1, small_reward1 and so on, the same with one layer in place of two,
+    reward models of two steps from each; small_run1, small_reward1 and so on, the same with one layer in place of two,
     from which runs of ppo.py and grpo.py start, as these take most of the time; files of ten rows, the first eight, eight others and four held out; a
     file of reward functions.
     """
@@ -353,7 +356,7 @@ def make_starts(folder):
     config = json.loads((DATA / "model" / "config.json").read_text())
     small = shutil.copytree(DATA / "model", folder / "small")
     (small / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    for model, run, reward in ((DATA / "model", "run", "reward"), (small, "small", "small_reward")):
+    for model, run, reward in ((DATA / "model", "run", "reward"), (small, "small_run", "small_reward")):
         for seed in (1, 2):
             two_steps(folder, SCRIPTS["sft"], model, f"{run}{seed}", seed)
             two_steps(folder, SCRIPTS["reward_model"], folder / f"{run}{seed}" / "model", f"{reward}{seed}", seed)
@@ -383,7 +386,7 @@ def reward_specs(script, folder, *specs) -> dict:
 def many_ends(starts, tmp_path):
     """A start in which any of 25 tokens ends a response: lengths from 1 to --max-new-tokens."""
     ends = json.dumps({"eos_token_id": [1, *range(20, 44)]}).encode()
-    return str(copy_model(starts, tmp_path / "many_ends", run="small1", generation_config__json=ends))
+    return str(copy_model(starts, tmp_path / "many_ends", run="small_run1", generation_config__json=ends))
 
 
 # ---- Runs ----
@@ -418,7 +421,7 @@ def tiny_args(script, starts, folder, epochs=1, **flags):
         "dataset": str(starts / f"{script.name}.jsonl"), "num_train_epochs": epochs,
         "eval_dataset": str(starts / f"{script.name}_held_out.jsonl"), "output_dir": str(folder)}
     for flag, kind in script.model_flags.items():
-        args |= script.flag(flag, str(starts / f"{kind}1" / "model"))
+        args |= script.flag(flag, str(starts / f"{script.size}{kind}1" / "model"))
     args |= script.tiny
     args = {flag: value for flag, value in args.items() if flag in script.flags} | flags
     if script.is_sampler and "total_episodes" not in flags:
