@@ -50,12 +50,13 @@ def test_run_folder(script, tiny, go, starts):
 
 
 def ranked_texts(rows) -> list[tuple[int, str, int]]:
-    """(number of the comparison, prompt and completion, rank) of each completion of rows of comparisons."""
+    """(number of the comparison, prompt and completion, rank) of each completion of rows of comparisons, best first."""
     ranked = []
     for k, row in enumerate(rows):
         texts = row.get("completions", [row.get("chosen"), row.get("rejected")])
         ranks = row.get("ranking", [1, 2])
-        ranked += [(k, row["prompt"] + text, rank) for text, rank in zip(texts, ranks)]
+        best_first = sorted(zip(ranks, texts), key=lambda both: both[0])
+        ranked += [(k, row["prompt"] + text, rank) for rank, text in best_first]
     return ranked
 
 
