@@ -41,7 +41,7 @@ from mutants import node as name_for_pytest
 GROUPS = [
     ("sft.py", "sft_loss", "test_losses"),
     ("dpo.py", "dpo_loss", "test_losses"),
-    ("reward_model.py", "bradley_terry_loss plackett_luce_loss calibration", "test_reward"),
+    ("reward_model.py", "bradley_terry_loss calibration", "test_reward"),
     ("ppo.py", "token_rewards gae ppo_loss value_loss adapted_kl_coef", "test_ppo"),
     ("grpo.py", "zero_std group_advantages grpo_loss token_weights", "test_grpo test_fixed_points"),
     ("common.py", "_logits _TokenLogprobs token_logprobs sequence_logprobs",
@@ -50,6 +50,8 @@ GROUPS = [
     ("common.py", "pad last_token micro_batches", "test_batches test_sampling test_ppo"),
     ("common.py", "ended responses_of", "test_sampling test_ppo test_grpo"),
     ("common.py", "learning_rate shuffled", "test_training"),
+    ("common.py", "plackett_luce_loss", "test_reward"),
+    ("common.py", "pick draw", "test_unpadded test_sampling"),
     ("bandit_bt.py", "bt_loss pairs_of reached no_optimum solver fit standard_errors bootstrap optimum "
      "forward_kl_optimum kl objective advantages policy_loss dpo leaderboard", "test_bandit"),
 ]

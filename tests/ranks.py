@@ -1,32 +1,23 @@
-"""Run jobs of the scripts on N processes, as torchrun starts them, without importing torch for each job anew.
-
-    python tests/ranks.py N jobs.json
-
-jobs.json: a list of {"script": "dpo", "flags": {...}, "stop": 0, "kill": -1}. After the step `stop` the last rank gets
-SIGTERM; after the second step the rank `kill` is killed. Each process has the environment that torchrun would give it,
-and runs the jobs one after the other; the last line printed has their exit codes.
-"""
+"""Jobs of the scripts on N processes, as torchrun starts them: forks of this process, which has torch imported."""
 
 import importlib
-import json
 import os
 import signal
 import socket
 import sys
 import time
 import types
-from pathlib import Path
 
-import torch
+import common
+import kills
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-common, *MODULES = map(importlib.import_module, ("common", "sft", "dpo", "reward_model", "ppo", "grpo"))
-SCRIPTS = {module.__name__: module for module in MODULES}
+SECONDS = 600  # that N processes may take, on a machine that is busy
 
 
 def run(job, rank, is_last):
-    """One job on this rank."""
-    module, number = SCRIPTS[job["script"]], job.get("stop", 0)
+    """One job on this rank: {"script": "dpo", "flags": {...}, "stop": 0, "kill": -1}. After the step `stop` the last
+    rank gets SIGTERM; after the second step the rank `kill` is killed."""
+    module, number = importlib.import_module(job["script"]), job.get("stop", 0)
     log = common.Run.log
 
     def log_and_stop(self, step, metrics, samples=()):
@@ -48,26 +39,52 @@ def run(job, rank, is_last):
         common.Run.log = log
 
 
-def main(world, jobs):
-    torch.set_num_threads(1)
+def run_on_ranks(world, jobs, log, ends_others=False):
+    """The exit codes of N processes that run the jobs one after the other; what they print goes to the file `log`."""
+    def main(rank):
+        if not ends_others:  # nor does any agent
+            common.time = types.SimpleNamespace(time=time.time, sleep=lambda _: time.sleep(1))
+        for job in jobs:
+            run(job, rank, rank == world - 1)
+
+    return on_ranks(world, main, log, ends_others)
+
+
+def on_ranks(world, main, log, ends_others=False):
+    """The exit codes of N processes that run main(rank) in the environment that torchrun would give them. ends_others:
+    when one has ended with an error, the others are told to end, as torchrun does.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
+
+    def run_main(rank):
+        if world > 1:
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world),
+                           "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        try:
+            main(rank)
+        except Exception:
+            sys.excepthook(*sys.exc_info())  # the script's own
+            raise SystemExit(1) from None
+
     children = []
     for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            if world > 1:
-                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world),
-                               "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            common.time = types.SimpleNamespace(time=time.time, sleep=lambda _: time.sleep(1))  # no agent ends it
-            for job in jobs:
-                run(job, rank, rank == world - 1)
-            sys.exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    print(f"\n{codes}", flush=True)
+        module = types.SimpleNamespace(main=lambda _, rank=rank: run_main(rank))
+        children.append(kills.Child(types.SimpleNamespace(module=module), None, log))
+    return wait_for_all(children, ends_others)
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
+def wait_for_all(children, ends_others=False):
+    """Their exit codes."""
+    end = time.monotonic() + SECONDS
+    while not all([child.ended() for child in children]) and time.monotonic() < end:
+        time.sleep(0.01)
+        if ends_others and any(child.code for child in children):
+            for child in children:
+                if not child.ended():
+                    os.kill(child.pid, signal.SIGTERM)
+    for child in children:
+        if not child.ended():
+            child.kill()
+    return [child.code for child in children]

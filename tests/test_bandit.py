@@ -582,12 +582,12 @@ def test_schedule_and_old_policy():
 
 
 def test_every_method_reaches_its_prediction():
-    """10 problems, 300 steps at 0.2: KL to the prediction below 1e-5, or 0.005 of what it was for REINFORCE and
+    """5 problems of 3 to 7 arms, 300 steps at 0.2: KL to the prediction below 1e-5, or 0.005 of what it was for REINFORCE and
     PPO, whose gradient fades where pi does; DPO is there. Both directions of the KL penalty are told apart.
     """
     beta, args = 0.5, bt.Args(num_steps=300, learning_rate=0.2)
-    for seed in range(10):
-        K = 3 + seed % 5
+    for seed in range(5):
+        K = 3 + seed
         r, ref = 0.8 * noise(K, seed=500 + seed), torch.log_softmax(0.6 * noise(K, seed=600 + seed), 0)
         reached = bt.train_all(r, ref, *torch.triu_indices(K, K, 1), args)
         best, forward = bt.optimum(r, ref, beta), bt.forward_kl_optimum(r, ref, beta)

@@ -100,6 +100,14 @@ def test_rankings():
             right.append(vote if x > y else 1 - vote if x < y else 0.5)
         shares.append(statistics.mean(right))
     assert f"The gold reward itself has {statistics.mean(shares):.3f}." in section("Rankings")
+    pairs, luce = (json.loads((RESULTS / f"rankings_{name}.json").read_text()) for name in ("pairs", "plackett_luce"))
+    for found, words in ((pairs, ", 95 %) by all pairs"), (luce, ") with `--loss-type plackett_luce`")):
+        accuracy, low, high = (found[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
+        assert f"{accuracy:.3f} ({low:.3f} to {high:.3f}{words}" in section("Rankings")
+    (judged,) = json.loads((RESULTS / "dpo_rankings.json").read_text()).values()
+    (policy,) = judged["policies"].values()
+    assert f"{policy['fraction']:.3f} ± {policy['fraction_se']:.3f} of the optimum" in section("Rankings")
+    assert f"a KL of {policy['kl']:.2f} nats" in section("Rankings")
 
 
 # ---- The methods ----

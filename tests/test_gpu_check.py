@@ -7,17 +7,13 @@ import sys
 import gpu_check
 import pytest
 import torch
-from conftest import ROOT
-
-COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--tiny"]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """What one run of a step writes."""
     out = tmp_path_factory.mktemp("gpu_check")
-    step = ["--only", "train_grpo"]
-    subprocess.run([*COMMAND, "--output-dir", str(out), *step], check=True, capture_output=True, timeout=120)
+    gpu_check.parent(gpu_check.Args(output_dir=str(out), tiny=True, only=("train_grpo",)))
     return json.loads((out / "gpu_check.json").read_text())
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 import grpo
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 layouts = pytest.mark.parametrize("mask", LAYOUTS.values(), ids=LAYOUTS.keys())
 BASELINES, SCALES = ("mean", "leave_one_out"), ("group", "batch", "none")
 ESTIMATORS, LEVELS, LOSS_TYPES = ("k1", "k2", "k3"), ("token", "sequence"), ("grpo", "dapo", "dr_grpo")

@@ -253,16 +253,15 @@ def test_the_real_solutions_are_right(shared, split):
     assert set(gsm8k.lenient(prompts, unmarked, short)) == {1.0}
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_grpo_runs_on_it(shared, tmp_path, chat):
+def test_grpo_runs_on_it(shared, tmp_path):
     """Two updates of a random small Qwen2 with its real tokenizer, by both rules, on texts and on messages."""
     folder = shutil.copytree(shared / "models" / "qwen2.5-tokenizer", tmp_path / "model")
     transformers.Qwen2Config(
         vocab_size=151_936, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True).save_pretrained(folder)  # fmt: skip
     rows = [json.loads(line) for line in open(shared / "data" / "gsm8k.train.jsonl", encoding="utf-8")][:6]
-    for row in rows:
-        row["prompt"] = [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"]
+    for row in rows[::2]:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     files = [tmp_path / name for name in ("rows.jsonl", "rows_test.jsonl")]
     for file, part in zip(files, (rows[:4], rows[4:])):
         file.write_text("".join(json.dumps(row) + "\n" for row in part))

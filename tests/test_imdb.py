@@ -205,6 +205,15 @@ def test_a_tiny_run_on_real_reviews(tmp_path, monkeypatch):
 # ---- The results ----
 
 
+def test_means_over_seeds():
+    points = [{"method": "DPO", "setting": 0.2, "gold": x, "gold_se": 9.0, "kl": 1.0, "kl_se": 0.5, "length": 10 * x,
+               "best_of_n_at_kl": 1.0, "optimum_at_kl": None if x > 2 else 1.0, "cpu_seconds": 7.4} for x in (1.0, 2.0, 4.5)]
+    other = {**points[0], "setting": 0}
+    assert imdb.over_seeds([points[0], other, *points[1:]]) == [points, [other]]
+    assert imdb.cells_of(points) == ["0.2", "2.50 ± 1.04", "1.00 ± 0.00", "1.00", "", "25.0", "7"]
+    assert imdb.cells_of([other]) == ["", "1.00 ± 9.00", "1.00 ± 0.50", "1.00", "1.00", "10.0", "7"]
+
+
 def test_the_results_hold_what_is_claimed():
     start, sizes = RESULT["start"]["gold"], dict((n, reward) for n, reward, _ in RESULT["best_of_n"])
     assert sizes[1] == pytest.approx(start, rel=1e-4)
@@ -225,9 +234,14 @@ def test_the_table_is_that_of_the_results():
         cells = [cell.strip(" *") for cell in line.strip().strip("|").split("|")]
         if cells[0] in imdb.STYLES:
             lines.append(cells)
-    assert lines == [[point["method"], *imdb.cells_of(point)] for point in RESULT["points"]]
+    groups = imdb.over_seeds(RESULT["points"])
+    assert lines == [[points[0]["method"], *imdb.cells_of(points)] for points in groups]
+    assert {len(points) for points in groups} == {len(RESULT["args"]["seeds"])}
     gold, start = RESULT["gold"], RESULT["start"]
-    (reward_model,) = RESULT["reward_models"].values()
+    reward_model = {}
+    for name in ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/accuracy_ceiling"):
+        values = [found[name] for found in RESULT["reward_models"].values()]
+        reward_model[name] = sum(values) / len(values)
     best = {n: f"{reward:.2f} at most {kl:.2f}" for n, reward, kl in RESULT["best_of_n"]}
     for words in (f"{gold['held_out_accuracy']:.3f}", f"{gold['test_accuracy']:.3f}",
                   f"{gold['test_accuracy_of_30_words']:.3f}", f"{start['eval/loss']:.2f}", f"{start['gold']:.2f}",

@@ -17,22 +17,43 @@ from tiny_runs import SCRIPTS, scripts
 KILLS = {kill.script: kill for kill in kills.draw(5, 1, list(SCRIPTS))}
 
 
-@pytest.fixture
-def whole(script, starts, tmp_path):
-    """whole(save_every) -> a run that nothing stops. What it does to its files is in operations.txt."""
+@pytest.fixture(autouse=True)
+def fewer_steps(monkeypatch):
+    """6 in place of 9."""
+    monkeypatch.setattr(kills, "FLAGS", {"epochs": 2, "eval_every": 3})
+    monkeypatch.setattr(kills, "STEPS", 6)
 
-    def run(save_every):
-        folder = tmp_path / "whole"
-        prepare = functools.partial(kills.record, folder, tmp_path / "operations.txt")
-        return kills.run_whole(script, starts, folder, save_every, prepare)
+
+@pytest.fixture(scope="module")
+def kept():
+    """Whole runs by script and --save-every, and the files with what they did to theirs."""
+    return {}
+
+
+@pytest.fixture
+def whole(script, starts, kept, tmp_path, tmp_path_factory):
+    """whole(save_every) -> a run that nothing stops. What it does to its files is in operations.txt. It runs once,
+    whichever tests compare with it, unless it is to be another one.
+    """
+
+    def run(save_every, anew=False):
+        key = script.name, save_every
+        if anew or key not in kept:
+            folder = tmp_path if anew else tmp_path_factory.mktemp("whole")
+            prepare = functools.partial(kills.record, folder / "whole", folder / "operations.txt")
+            result = kills.run_whole(script, starts, folder / "whole", save_every, prepare)
+            if anew:
+                return result
+            kept[key] = result
+        return kept[key]
 
     return run
 
 
-def stories_at(whole, starts, folder, *wanted) -> list[kills.Story]:
+def stories_at(whole, starts, folder, *wanted, anew=False) -> list[kills.Story]:
     """Of runs that are killed at these places, at the last one of each name."""
-    run = whole(2)
-    places = {place.what: place for place in kills.places_of(folder / "operations.txt")}
+    run = whole(2, anew)
+    places = {place.what: place for place in kills.places_of(run.folder.parent / "operations.txt")}
     assert set(wanted) <= set(places), list(places)
     return [kills.try_place(places[what], starts, run, folder / f"run{i}") for i, what in enumerate(wanted)]
 
@@ -135,7 +156,7 @@ def test_a_model_folder_that_is_filled_in_place(whole, starts, tmp_path, monkeyp
         shutil.rmtree(source)
 
     monkeypatch.setattr(os, "replace", copy)
-    (story,) = stories_at(whole, starts, tmp_path, "before open model/tokenizer_config.json")
+    (story,) = stories_at(whole, starts, tmp_path, "before open model/tokenizer_config.json", anew=True)
     assert "model/tokenizer_config.json is missing while there is a model/" in story.wrong
 
 
@@ -150,6 +171,6 @@ def test_a_checkpoint_that_is_written_in_place(whole, starts, tmp_path, monkeypa
 
     monkeypatch.setattr(torch, "save", lambda state, path: save(state, path.with_suffix(".pt")))
     monkeypatch.setattr(os, "replace", skip)
-    (story,) = stories_at(whole, starts, tmp_path, "within state/checkpoint.pt")
+    (story,) = stories_at(whole, starts, tmp_path, "within state/checkpoint.pt", anew=True)
     assert story.events[1] == "resumed from a broken checkpoint"
     assert story.wrong[0].startswith("ended with 2: error: --resume: cannot read"), story.wrong

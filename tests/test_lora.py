@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from conftest import make_model
+from ranks import run_on_ranks
 from safetensors.torch import load_file
-from test_ranks import is_near, job, nine_rows, start
+from test_ranks import is_near, job, nine_rows
 from tiny_runs import interrupt, read, scripts, timeless
 
 import common
@@ -144,8 +145,8 @@ def test_adapters_on_shards(script, starts, tmp_path):
     name = script.name
     nine_rows(starts)
     for world in (1, 2):
-        process = start(world, [job(name, starts, tmp_path, f"{world}", lora_rank=4, shard=world > 1)], tmp_path)
-        assert process.communicate(timeout=120)[0].splitlines()[-1] == str([0] * world)
+        jobs, log = [job(name, starts, tmp_path, f"{world}", lora_rank=4, shard=world > 1)], tmp_path / f"log-{world}"
+        assert run_on_ranks(world, jobs, log) == [0] * world, log.read_text()
     one, two = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
     for want, got in zip(timeless(read(one / "metrics.jsonl")), timeless(read(two / "metrics.jsonl")), strict=True):
         assert all(is_near(got[key], want[key]) for key in want)

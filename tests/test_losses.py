@@ -8,9 +8,8 @@ import dpo
 import pytest
 import sft
 import torch
-from common import load_comparisons, sequence_logprobs
+from common import load_comparisons, plackett_luce_loss, sequence_logprobs
 from conftest import flat_gradient, make_model, naive_logprobs, ragged_rows
-from reward_model import plackett_luce_loss
 from tiny_runs import scripts
 
 ARGS = dpo.Args(micro_batch_size=2)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import ppo
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 layouts = pytest.mark.parametrize("mask", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 

@@ -4,28 +4,32 @@ sharded, ends with the same weights, metrics, samples and files; stopped on 2 it
 
 import json
 import os
-import re
 import shutil
+import signal
 import socket
-import subprocess
-import sys
+from types import SimpleNamespace
 
+import kills
 import pytest
 import torch
 from conftest import ROOT, make_model
+from ranks import on_ranks, run_on_ranks, wait_for_all
 from safetensors.torch import load_file
 from tiny_runs import SCRIPTS, head, read, timeless, write
 
 import common
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+torchrun = pytest.importorskip("torch.distributed.run", reason="this torch has no torch.distributed")
 TOLERANCE = 5e-6  # of every weight and every metric
 FLAGS = {  # 9 rows, 4 a step: the last step of an epoch has one row, less than there are ranks
     "device": "cpu", "batch_size": 4, "micro_batch_size": 2, "eval_every": 2, "eval_samples": 3, "save_every": 0,
     "warmup_steps": 0, "num_train_epochs": 1, "learning_rate": 1e-4, "critic_learning_rate": 1e-4,
-    "num_minibatches": 2, "update_epochs": 2, "total_episodes": 16, "max_new_tokens": 12, "num_generations": 4,
+    "num_minibatches": 2, "update_epochs": 2, "total_episodes": 16, "max_new_tokens": 6, "num_generations": 4,
     "clip_coef": 10.0, "clip_coef_high": 10.0}  # no token is at the edge of the clip, where rounding decides
-STOPPED = ("dpo", "ppo")  # continued on other numbers of ranks, sharded and not
+KINDS = {  # of runs, by script: numbers of ranks, and of those on which a run goes on that was stopped on 2
+    **dict.fromkeys(SCRIPTS, ("2", "3-shard")), "dpo": ("2", "3", "2-shard", "3-shard")}
+STOPPED = {"dpo": ("2-1", "2-3", "2-1-shard", "2-3-shard"), "ppo": ("2-1", "2-3-shard")}
+LABELS = [(name, label) for kinds in (KINDS, STOPPED) for name, labels in kinds.items() for label in labels]
 
 
 def job(name, starts, folder, label, **options):
@@ -54,13 +58,6 @@ def nine_rows(starts):
         "    return [len(text.split()) + int(os.environ.get('RANK', 0)) for text in completions]\n")
 
 
-def start(world, jobs, folder):
-    path = folder / f"jobs-{world}.json"
-    path.write_text(json.dumps(jobs))
-    command = [sys.executable, str(ROOT / "tests" / "ranks.py"), str(world), str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
-
-
 @pytest.fixture(scope="module")
 def fleet(starts, tmp_path_factory):
     """The folder of all runs: of 1 rank "NAME-1", of N ranks "NAME-N" and, sharded, "NAME-N-shard"; and of runs
@@ -68,35 +65,28 @@ def fleet(starts, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("fleet")
     nine_rows(starts)
-    jobs = {world: [] for world in (1, 2, 3)}
-    for name in SCRIPTS:
-        jobs[1].append(job(name, starts, folder, "1"))
-        for world in (2, 3):
-            jobs[world].append(job(name, starts, folder, f"{world}"))
-            jobs[world].append(job(name, starts, folder, f"{world}-shard", shard=True))
-    for name in STOPPED:
-        for label, shard in (("", False), ("-shard", True)):
-            jobs[2].append(job(name, starts, folder, f"2-stopped{label}", shard=shard) | {"stop": 1})
-            for world in (1, 3):
-                jobs[world].append(job(name, starts, folder, f"2-{world}{label}", shard=shard, resume=True))
+    jobs = {1: [job(name, starts, folder, "1") for name in SCRIPTS], 2: [], 3: []}
+    stopped = []  # (name, label where it stops, label where it goes on)
+    for name, label in LABELS:
+        shard = label.endswith("-shard")
+        world = int(label.removesuffix("-shard")[-1])  # on which it ends
+        jobs[world].append(job(name, starts, folder, label, shard=shard, resume=label.startswith("2-") and label != "2-shard"))
+        if label in STOPPED.get(name, ()):
+            stopped.append((name, "2-stopped-shard" if shard else "2-stopped", label))
+    for name, label in dict.fromkeys((name, label) for name, label, _ in stopped):
+        jobs[2].append(job(name, starts, folder, label, shard=label.endswith("-shard")) | {"stop": 1})
     jobs[2].append(job("sft", starts, folder, "killed-1", save_every=1) | {"kill": 1})
     jobs[3].append(job("ppo", starts, folder, "killed-0", save_every=1, shard=True) | {"kill": 0})
     for world in (2, 1, 3):
-        process = start(world, jobs[world], folder)
-        output, error = process.communicate(timeout=300)
-        codes = json.loads(output.splitlines()[-1])
-        (folder / f"errors-{world}").write_text(error)
-        assert [0] == codes if world == 1 else sorted(codes) == [-9] + [1] * (world - 1), error
+        log = folder / f"log-{world}"
+        codes = run_on_ranks(world, jobs[world], log)
+        assert [0] == codes if world == 1 else sorted(codes) == [-9] + [1] * (world - 1), log.read_text()
         if world == 2:
-            for path in folder.glob("*-2-stopped*"):
+            for name, label, after in stopped:
+                path = folder / f"{name}-{label}"
                 assert not (path / "model").exists() and (path / "state" / "checkpoint.pt").exists()
-                for n in (1, 3):
-                    shutil.copytree(path, folder / path.name.replace("stopped", str(n)))
+                shutil.copytree(path, folder / f"{name}-{after}")
     return folder
-
-
-LABELS = [(name, label) for name in SCRIPTS for label in ("2", "3", "2-shard", "3-shard")]
-LABELS += [(name, label) for name in STOPPED for label in ("2-1", "2-3", "2-1-shard", "2-3-shard")]
 
 
 def is_near(got, want):
@@ -139,7 +129,7 @@ def test_training_has_moved_the_weights(fleet, starts):
 @pytest.mark.parametrize("name, world, killed", [("sft", 2, 1), ("ppo", 3, 0)])
 def test_a_killed_rank_ends_the_others_with_a_line_and_the_checkpoint_is_whole(fleet, name, world, killed):
     """In its log of step 2, before that is saved; the others meet its absence in a sum over the ranks."""
-    error = (fleet / f"errors-{world}").read_text()
+    error = (fleet / f"log-{world}").read_text()
     assert "Traceback" not in error
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == world - 1 and all("another process of this run has ended" in line for line in lines)
@@ -213,11 +203,15 @@ def test_out_of_memory_in_training_is_a_line(capsys):
 # ---- torchrun itself ----
 
 
-def torchrun(n, *arguments, endpoint="localhost:0", nodes=1, cwd=ROOT):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(n),
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+def agent(log, endpoint, *arguments):
+    """A fork of this process that does what the command torchrun does, on one of two nodes of one process each."""
+    def main(_):
+        os.chdir(ROOT)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torchrun.main(["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint,
+                       *map(str, arguments)])  # fmt: skip
+
+    return kills.Child(SimpleNamespace(module=SimpleNamespace(main=main)), None, log)
 
 
 def test_two_agents_are_two_nodes(fleet, starts, tmp_path):
@@ -227,10 +221,12 @@ def test_two_agents_are_two_nodes(fleet, starts, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    agents = [torchrun(1, "sft.py", *arguments, endpoint=endpoint, nodes=2) for _ in range(2)]
-    outputs = [agent.communicate(timeout=300) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert sorted("model, metrics and samples" in output for output, _ in outputs) == [False, True]
+    logs = [tmp_path / f"agent{k}.log" for k in range(2)]
+    agents = [agent(log, endpoint, "sft.py", *arguments) for log in logs]
+    codes = wait_for_all(agents)
+    outputs = [log.read_text() for log in logs]
+    assert codes == [0, 0], outputs
+    assert sorted("model, metrics and samples" in output for output in outputs) == [False, True]
     rows = timeless(read(fleet / "sft-1" / "metrics.jsonl")), timeless(read(tmp_path / "sft-nodes" / "metrics.jsonl"))
     for want, got in zip(*rows, strict=True):
         assert all(is_near(got[key], want[key]) for key in want)
@@ -246,26 +242,27 @@ sys.exit({code})
 @pytest.mark.parametrize("code", [0, 3])
 def test_one_rank_makes_what_all_start_from(tmp_path, code):
     """The others wait for it, and end as it ends."""
-    shutil.copy(ROOT / "common.py", tmp_path)
     (tmp_path / "first.py").write_text(FIRST.format(code=code))
-    (tmp_path / "run.py").write_text(
-        "import types, common\n"
-        "common.device_of(types.SimpleNamespace(device='cpu', dtype='auto'))\n"
-        "common.make_first('model', 'model', 'first.py')\n"
-        "open(f'after-{common.ranks()[0]}', 'w')\n")
-    process = torchrun(2, "run.py", cwd=tmp_path)
-    process.communicate(timeout=200)
+
+    def main(rank):
+        os.chdir(tmp_path)
+        common.__file__ = str(tmp_path / "common.py")  # beside which it looks for first.py
+        common.device_of(SimpleNamespace(device="cpu", dtype="auto"))
+        common.make_first("model", "model", "first.py")
+        open(f"after-{rank}", "w")
+
+    codes = on_ranks(2, main, tmp_path / "log")
+    assert codes == [code, code], (tmp_path / "log").read_text()
     assert (tmp_path / "made.txt").read_text() == "once\n"
     assert len(list(tmp_path.glob("after-*"))) == (0 if code else 2)
-    assert (process.returncode == 0) == (code == 0)
 
 
-def test_bad_input_is_one_line_of_one_rank(fleet, starts, tmp_path):
-    process = torchrun(2, "sft.py", "--dataset", "missing.jsonl", "--device", "cpu", "--output-dir", tmp_path / "run")
-    _, error = process.communicate(timeout=200)
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert process.returncode != 0 and len(lines) == 1 and "missing.jsonl" in lines[0]
-    assert re.search(r"exitcode\s*: 2", error)
+def test_bad_input_is_one_line_of_one_rank(starts, tmp_path):
+    """The other waits until torchrun ends it, as it does when the first has ended."""
+    log = tmp_path / "log"
+    codes = run_on_ranks(2, [job("sft", starts, tmp_path, "bad", dataset="missing.jsonl")], log, ends_others=True)
+    lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert codes == [2, -signal.SIGTERM] and len(lines) == 1 and "missing.jsonl" in lines[0]
 
 
 def test_frozen_layers_in_16_bits_change_no_product():

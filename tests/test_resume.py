@@ -3,6 +3,7 @@ resumed. What an interrupted or a finished run has written is never lost.
 """
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -10,24 +11,46 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny_runs import (
-    INERT, SAMPLERS, SCRIPTS, Killed, approx_rows, as_flags, at_step, checkpoint_of, files_in,
-    first_of, interrupt, kill, launch, option, read, result, reward_specs, run_python, scripts, trained_rows, write)
+    INERT, SAMPLERS, SCRIPTS, Killed, approx_rows, as_flags, at_step, checkpoint_of, files_in, first_of, interrupt,
+    kill, launch, option, read, result, reward_specs, run_python, scripts, tiny_args, trained_rows, write)
 
 
-LONG_RUN = {"epochs": 3, "eval_every": 2, "save_every": 2}  # 9 steps: 3 times 4, 4, 2 rows
+LONG_RUN = {"epochs": 2, "eval_every": 2, "save_every": 2}  # 6 steps: 2 times 4, 4, 2 rows
 
 # ---- Determinism ----
 
+COMMANDS = """
+import json, runpy, signal, sys
 
-def test_same_command_same_files(script, tiny, whole, tmp_path):
+sys.modules["matplotlib.figure"] = None  # no pictures
+for path, *flags in json.loads(sys.argv[1]):
+    sys.argv = [path, *flags]
+    runpy.run_path(path, run_name="__main__")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(starts, tmp_path_factory):
+    """The folder of a run of each script by its command, all in one process with another hash seed than this one."""
+    folder = tmp_path_factory.mktemp("commands")
+    lines = []
+    for name, script in SCRIPTS.items():
+        args = tiny_args(script, starts, folder / name, **LONG_RUN)
+        lines.append([str(ROOT / f"{name}.py"), *as_flags(args)])
+    process = run_python("-c", COMMANDS, json.dumps(lines), PYTHONHASHSEED="17", PYTHONPATH=str(ROOT))
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def test_same_command_same_files(script, commands, whole):
     """In this process, and in another one with another hash seed."""
     first = result(whole(**LONG_RUN))
-    args = tiny(**LONG_RUN, output_dir=str(tmp_path / "second"))
-    process = run_python(f"{script.name}.py", *as_flags(args), PYTHONHASHSEED="17")
-    assert process.returncode == 0, process.stderr
-    assert result(tmp_path / "second") == first
-    assert len(first[0]) == 9 + 6  # steps and evaluations: after 0, 2, 4, 6, 8 and 9
+    assert result(commands / script.name) == first
+    assert len(first[0]) == 6 + 4  # steps and evaluations: after 0, 2, 4 and 6
 
 
 def test_the_seed_matters(go, whole):
@@ -37,14 +60,12 @@ def test_the_seed_matters(go, whole):
 # ---- Resuming ----
 
 
-@pytest.mark.parametrize("stops", [
-    [(4, signal.SIGINT)], [(2, signal.SIGTERM), (3, signal.SIGINT), (1, signal.SIGTERM)]], ids=str)
-def test_resume_after_a_signal(script, tiny, go, whole, stops, capsys, tmp_path):
+def test_resume_after_a_signal(script, tiny, go, whole, capsys, tmp_path):
     """Each stop is (step since the last start, signal). The step is finished first, and with it all optimizer
     steps of an update.
     """
     done = 0
-    for k, (step, number) in enumerate(stops):
+    for k, (step, number) in enumerate([(2, signal.SIGTERM), (2, signal.SIGINT), (1, signal.SIGTERM)]):
         assert interrupt(script, tiny(**LONG_RUN, resume=k > 0), step, number) == 128 + number
         assert "--resume" in capsys.readouterr().out
         done += step
@@ -60,15 +81,14 @@ def test_resume_after_a_signal(script, tiny, go, whole, stops, capsys, tmp_path)
     ids=str)
 def test_resume_with_other_parts(script, tiny, go, whole, starts, flags):
     """Without a critic, or the controller of the KL coefficient; with several rewards; with groups dropped."""
-    flags = {**LONG_RUN, **flags}
     if "reward" in flags:
-        flags |= reward_specs(script, starts, *flags["reward"])
-    assert interrupt(script, tiny(**flags), 4, signal.SIGTERM) == 128 + signal.SIGTERM
+        flags = flags | reward_specs(script, starts, *flags["reward"])
+    assert interrupt(script, tiny(**flags), 2, signal.SIGTERM) == 128 + signal.SIGTERM
     assert result(go("run", **flags, resume=True)) == result(whole(**flags))
 
 
 @scripts(*SAMPLERS)
-@pytest.mark.parametrize("inner", [2, 3, 4])
+@pytest.mark.parametrize("inner", [2, 4])
 def test_signal_anywhere_in_an_update(script, tiny, go, whole, tmp_path, inner):
     """2 epochs of 2 minibatches: the rest of the update follows, or its samples would be drawn anew."""
     with pytest.raises(SystemExit), at_step(4 + inner, lambda: os.kill(os.getpid(), signal.SIGTERM)):
@@ -79,9 +99,9 @@ def test_signal_anywhere_in_an_update(script, tiny, go, whole, tmp_path, inner):
 
 def test_signal_in_the_last_step(script, tiny, go, whole, tmp_path):
     """Whether it stops there or finishes: nothing of the run may be missing in the end."""
-    if interrupt(script, tiny(**LONG_RUN), 9, signal.SIGTERM):
-        go("run", **LONG_RUN, resume=True)
-    assert result(tmp_path / "run") == result(whole(**LONG_RUN))
+    if interrupt(script, tiny(), 3, signal.SIGTERM):
+        go("run", resume=True)
+    assert result(tmp_path / "run") == result(whole())
 
 
 def test_second_signal_ends_the_process(script, tiny):
@@ -131,9 +151,8 @@ def test_resume_may_change_what_changes_no_number(script, tiny, go, whole):
 @pytest.mark.parametrize("name, function", [(name, function) for name, script in SCRIPTS.items()
                                             for function in script.forwards])
 def test_nan_keeps_the_last_checkpoint(script, refused, tiny, go, whole, monkeypatch, tmp_path, function):
-    """The loss turns NaN at step 6. The checkpoint is that of step 4, and resuming from it is a good run."""
-    flags, forwards = {"epochs": 3, "save_every": 2}, itertools.count(1)
-    original, wrong = getattr(script.module, function), first_of(6, tiny())
+    """The loss turns NaN at step 3. The checkpoint is that of step 2, and resuming from it is a good run."""
+    original, wrong, forwards = getattr(script.module, function), first_of(3, tiny()), itertools.count(1)
 
     def poisoned(*inputs, **options):
         outputs = original(*inputs, **options)
@@ -143,10 +162,10 @@ def test_nan_keeps_the_last_checkpoint(script, refused, tiny, go, whole, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(script.module, function, poisoned)
-        assert "step 6" in refused(**flags)
-    assert checkpoint_of(tmp_path / "run")["step"] == 4
+        assert "step 3" in refused(save_every=2)
+    assert checkpoint_of(tmp_path / "run")["step"] == 2
     assert not (tmp_path / "run" / "model").exists()
-    assert result(go("run", **flags, resume=True)) == result(whole(**flags))
+    assert result(go("run", save_every=2, resume=True)) == result(whole())
 
 
 # ---- What was written is never lost ----

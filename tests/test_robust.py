@@ -817,9 +817,10 @@ def test_no_steps_evaluate_only(script, go, whole, starts):
     want = read(whole() / "metrics.jsonl")[0]
     [got] = read(run / "metrics.jsonl")
     assert got == want
-    before = load_file(starts / "run1" / "model" / "model.safetensors") if script.name != "sft" else {}
+    start = starts / f"{script.size}run1" / "model" / "model.safetensors"
+    before = load_file(start) if script.name != "sft" else {}
     after = load_file(run / "model" / "model.safetensors")
-    assert all(torch.equal(after[key], before[key]) for key in before) and len(after) > 15
+    assert all(torch.equal(after[key], before[key]) for key in before) and len(after) > 10
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1, 7, 30, 1000])
@@ -998,7 +999,8 @@ def test_rows_of_a_few_tokens_are_tried_without_padding(rows, capsys):
 
 
 @scripts(*SCRIPTS)
-def test_curves_are_drawn_where_matplotlib_is(script, go):
+def test_curves_are_drawn_where_matplotlib_is(script, tiny, tmp_path):
     pytest.importorskip("matplotlib")
-    picture = (go("run") / "curves.png").read_bytes()
+    script.module.main(tiny())
+    picture = (tmp_path / "run" / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000

@@ -61,6 +61,9 @@ TINY = {  # flags of every tiny run that has them; where the files are is added 
     "update_epochs": 2}
 
 
+OTHER_START = {"model": "small_run2/model", "reward": "small_reward2/model"}  # of ppo.py and grpo.py
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Script:
     """A training script: its data, its flags in tiny runs, and what it writes."""
@@ -74,6 +77,7 @@ class Script:
     one_step: dict  # what makes it a run of one optimizer step
     options: dict = dataclasses.field(default_factory=dict)  # other values of flags than those in OPTIONS
     model_flags: dict  # flags that name a model's folder -> kind of folder among the `starts`: run or reward
+    size: str = ""  # before these kinds, of the folders from which its tiny runs start
     made_by: tuple[str, ...] = ("sft",)  # scripts that make the default folders of the first of these flags
     loss: str = ""  # the function that gets the responses of each minibatch
     forwards: tuple[str, ...]  # functions that give what the losses are made of
@@ -169,8 +173,9 @@ SCRIPTS = {script.name: script for script in (
         tiny={"batch_size": 2, "micro_batch_size": 2, "target_kl": 0.1, "kl_horizon": 40},
         one_step={"batch_size": 12, "micro_batch_size": 12, "total_episodes": 12, "num_minibatches": 1,
                   "update_epochs": 1},
-        options={"batch_size": 4},
+        options={"batch_size": 4, **OTHER_START},
         model_flags={"model": "run", "reward": "reward"},
+        size="small_",
         made_by=("sft", "reward_model"),
         loss="ppo_loss",
         forwards=("sequence_logprobs", "token_values"),
@@ -193,8 +198,9 @@ SCRIPTS = {script.name: script for script in (
         tiny={"num_generations": 2, "eval_samples": 8},
         one_step={"batch_size": 12, "micro_batch_size": 12, "total_episodes": 12, "num_minibatches": 1,
                   "update_epochs": 1},
-        options={"loss_type": "dr_grpo", "total_episodes": 32},
+        options={"loss_type": "dr_grpo", "total_episodes": 32, **OTHER_START},
         model_flags={"model": "run", "reward": "reward"},
+        size="small_",
         loss="grpo_loss",
         forwards=("sequence_logprobs",),
         loaders=("load_model", "load_reward"),
@@ -332,7 +338,8 @@ BAD_REWARDS = ["raises", "needs", "short", "long", "empty", "nan", "inf", "huge"
 @pytest.fixture(scope="session")
 def starts(tmp_path_factory):
     """Two model folders with weights, run1 and run2, from two steps of sft.py each, and reward1 and reward2,
-    reward models of two steps from each; files of ten rows, the first eight, eight others and four held out; a
+    reward models of two steps from each; small_run1, small_reward1 and so on, the same with one layer in place of two,
+    from which runs of ppo.py and grpo.py start, as these take most of the time; files of ten rows, the first eight, eight others and four held out; a
     file of reward functions.
     """
     return make_starts(tmp_path_factory.mktemp("starts"))
@@ -346,9 +353,13 @@ def make_starts(folder):
         write(folder / f"{name}_held_out.jsonl", script.rows(0, 4, "_test"))
         write(folder / f"{name}_short.jsonl", script.rows(0, 8))
         write(folder / f"{name}_other.jsonl", script.rows(30, 38))
-    for seed in (1, 2):
-        two_steps(folder, SCRIPTS["sft"], DATA / "model", f"run{seed}", seed)
-        two_steps(folder, SCRIPTS["reward_model"], folder / f"run{seed}" / "model", f"reward{seed}", seed)
+    config = json.loads((DATA / "model" / "config.json").read_text())
+    small = shutil.copytree(DATA / "model", folder / "small")
+    (small / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    for model, run, reward in ((DATA / "model", "run", "reward"), (small, "small_run", "small_reward")):
+        for seed in (1, 2):
+            two_steps(folder, SCRIPTS["sft"], model, f"{run}{seed}", seed)
+            two_steps(folder, SCRIPTS["reward_model"], folder / f"{run}{seed}" / "model", f"{reward}{seed}", seed)
     return folder
 
 
@@ -375,7 +386,7 @@ def reward_specs(script, folder, *specs) -> dict:
 def many_ends(starts, tmp_path):
     """A start in which any of 25 tokens ends a response: lengths from 1 to --max-new-tokens."""
     ends = json.dumps({"eos_token_id": [1, *range(20, 44)]}).encode()
-    return str(copy_model(starts, tmp_path / "many_ends", generation_config__json=ends))
+    return str(copy_model(starts, tmp_path / "many_ends", run="small_run1", generation_config__json=ends))
 
 
 # ---- Runs ----
@@ -410,7 +421,7 @@ def tiny_args(script, starts, folder, epochs=1, **flags):
         "dataset": str(starts / f"{script.name}.jsonl"), "num_train_epochs": epochs,
         "eval_dataset": str(starts / f"{script.name}_held_out.jsonl"), "output_dir": str(folder)}
     for flag, kind in script.model_flags.items():
-        args |= script.flag(flag, str(starts / f"{kind}1" / "model"))
+        args |= script.flag(flag, str(starts / f"{script.size}{kind}1" / "model"))
     args |= script.tiny
     args = {flag: value for flag, value in args.items() if flag in script.flags} | flags
     if script.is_sampler and "total_episodes" not in flags:
@@ -418,11 +429,19 @@ def tiny_args(script, starts, folder, epochs=1, **flags):
     return script.module.Args(**args)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """As where matplotlib is not installed: the picture at the end of a tiny run takes longer than the run."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
 def launch(script, args):
-    """main(args) of a script, and the signal handlers as they were."""
+    """main(args) of a script, without a picture, and the signal handlers as they were."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return script.module.main(args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "matplotlib.figure", None)
+            return script.module.main(args)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
