@@ -154,11 +154,13 @@ def test_the_samples():
 def test_the_sentences():
     reward, dpo, grpo = RUNS["reward_stories"]["after"], RUNS["dpo_stories"]["after"], RUNS["grpo"]
     own = reward["eval/rewards/chosen"] - reward["eval/mean_reward"]
-    held(section("Real data"), f"gets {dpo['eval/rewards/accuracies']:.3f} on the same stories", "not separated", "two times in three",
+    held(section("Real data"), f"gets {dpo['eval/rewards/accuracies']:.3f} on the same stories", "on the polite answers neither is separated", "two times in three",
          "of 256 responses to held-out prompts", f"the stories' own continuations ({own:.2f})")  # fmt: skip
     assert "--eval-samples 256" in grpo["command"] and grpo["means_after"]["score"][0] > own
     assert 0.6 < reward["eval/accuracy"] < 0.72 and reward["eval/accuracy_high"] < RESULT["linear"]["tinystories_pref"]
     error = RUNS["dpo_stories"]["standard_error"]
     assert dpo["eval/rewards/accuracies"] - 1.96 * error > RESULT["linear"]["tinystories_pref"]
-    polite = RUNS["reward_polite"]["after"]
-    assert polite["eval/accuracy_low"] < RESULT["linear"]["polite_1100"] < polite["eval/accuracy_high"]
+    polite, linear = RUNS["reward_polite"]["after"], RESULT["linear"]["polite_1100"]
+    dpo = RUNS["dpo_polite"]
+    assert abs(dpo["after"]["eval/rewards/accuracies"] - linear) < 1.96 * dpo["standard_error"]
+    assert polite["eval/accuracy_low"] < linear < polite["eval/accuracy_high"]
