@@ -433,8 +433,8 @@ def mean_of(points: list[dict], name: str, digits: int) -> str:
 
 
 def cells_of(points: list[dict]) -> list[str]:
-    """A line of the table: beta, gold reward, KL, what best-of-n and the optimum have at the seeds' KL, tokens,
-    CPU seconds.
+    """A line of the table: beta, gold reward, KL, what best-of-n and the optimum have at that KL, tokens, CPU
+    seconds.
     """
     setting = points[0]["setting"]
     beta = f"{setting:g}" if setting else ""
