@@ -503,7 +503,7 @@ def fail(message):
     if ranks()[0]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(30)  # if rank 0 says it too, torchrun ends this process by then
-    print(f"error: {line}", file=sys.__stderr__ if ranks()[0] else sys.stderr, flush=True)
+    print(f"error: {line}\n", end="", file=sys.__stderr__ if ranks()[0] else sys.stderr, flush=True)
     raise SystemExit(2) from None  # by which `blame` knows it
 
 @contextlib.contextmanager
