@@ -454,6 +454,14 @@ def test_a_prompt_that_all_ranked_completions_repeat(chat, tokens, prompt, texts
 
 
 @paired
+@pytest.mark.parametrize("more", [{}, {"ranking": None}, {"ranking": [1]}], ids=str)
+def test_completions_without_a_ranking_are_refused(bpe_tokenizer, refuses, use, more):
+    """Beside chosen and rejected, which would do alone."""
+    pair = {"prompt": "hello ", "chosen": "a", "rejected": "b"}
+    assert "ranking" in refuses(bpe_tokenizer, pair, {**pair, "completions": ["a", "b"], **more}, use)
+
+
+@paired
 @pytest.mark.parametrize("bad", [
     {"prompt": "another", "chosen": [REPLY], "rejected": [REFUSE]},  # which of them is the prompt?
     {"prompt": "another", "chosen": [SYSTEM, REPLY], "rejected": [ASK, REFUSE]},
