@@ -164,7 +164,7 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
     entropy, hits: return too each token's -sum_v p log p, differentiable, and whether it is the likeliest.
     Returns: log-probs (N,) in nats, fp32, or a tuple with what else was asked for, (N,) each.
     Raises: ValueError for shapes that do not fit or a temperature that is not positive."""
-    if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
+    if hidden.dim() != 2 or targets.shape + weight.shape[1:] != hidden.shape:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
                          f"{tuple(targets.shape)}; expected (N, H), (V, H) and (N,)")
     if not temperature > 0:
@@ -209,12 +209,15 @@ class Rows:
         ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
         self.sizes = *map(send, ends), int(queries.max()), int(keys.max())  # for varlen_attn: ends, longest
         self.keys = send(place[needed])
-        self.parts = []  # else a few rows (b, t) at a time, and what is new of b t tokens
         size = len(ids) if input_ids.is_cuda else 1 + 1024 // ids.shape[1]
-        for part, fresh in zip(place.split(size), new.split(size)):
-            t = last_token(fresh).max() + 1
-            fresh = fresh[:, :t].flatten().nonzero()
-            self.parts.append((send(part[:, :t]), send(fresh.squeeze(1))))
+        padded, self.lengths, self.counts = new.clone(), [], []  # else a few rows at a time
+        for part in padded.split(size):
+            length = last_token(part).max().item() + 1
+            part[:, :length] = True
+            self.lengths.append(length)
+            self.counts.append(length * len(part))
+        self.padded = send(place[padded])  # the tokens of all parts, one part behind the other
+        self.fresh = send(new[padded].nonzero().flatten())  # which of them are new
 
     def forward(self, model, ids, positions):
         """Last hidden states. With a mask of four dimensions transformers makes none of its own."""
@@ -235,20 +238,18 @@ class Rows:
             options = {"scale": scale, "window_size": (window - 1, 0)}  # so many before it, and with -1 all
             if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 needs no word
                 options["enable_gqa"] = True
-            output = varlen_attn(q, k, v, *self.sizes, **options)
-            return output[None]
+            return varlen_attn(q, k, v, *self.sizes, **options)[None]
         outputs = []
-        for part, fresh in self.parts:
-            rows = [take(x, part).transpose(1, 2) for x in (q, k, v)]  # (b, heads, t, d) each
-            t = part.shape[1]
+        padded = [take(x, self.padded).split(self.counts) for x in (q, k, v)]
+        for t, *rows in zip(self.lengths, *padded):
+            rows = [x.unflatten(0, (-1, t)).transpose(1, 2) for x in rows]  # (b, heads, t, d) each
             seen = None
             if 0 < window < t:
-                seen = part.new_ones(t, t).tril().triu(1 - window).bool()
+                seen = self.ids.new_ones(t, t).tril().triu(1 - window).bool()
             output = F.scaled_dot_product_attention(
                 *rows, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True)
-            output = output.transpose(1, 2).flatten(0, 1)
-            outputs.append(take(output, fresh))
-        return torch.cat(outputs)[None]
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        return take(torch.cat(outputs), self.fresh)[None]
 
 def body_of(model):
     """The model below its head; of one that `shard` has spread, as a forward pass of the whole."""
@@ -355,7 +356,7 @@ class RowsCache(Rows):
     use_graphs = True  # until a model cannot
 
     def __init__(self, model, prompts, room):
-        self.model, self.layers, self.graphs = model, {}, {}
+        self.model, self.room, self.layers, self.graphs = model, room, {}, {}
         prompt = pad([[True] * len(prompt) for prompt in prompts], model.device, False)  # (B, P)
         super().__init__(pad(prompts, model.device), prompt)
         self.width = prompt.shape[1]
@@ -401,7 +402,7 @@ class RowsCache(Rows):
             self.layers[layer] = []
             for x in (key, value):
                 x = take(x[0].transpose(0, 1), self.place)  # (B, P, heads, d)
-                x = F.pad(x.transpose(1, 2), (0, 0, 0, self.seen.shape[1] - x.shape[1]))
+                x = F.pad(x.transpose(1, 2), (0, 0, 0, self.room))  # (B, heads, P + room, d)
                 self.layers[layer].append(x)
             return super().attend(layer, query, key, value, scale, window)
         last = self.last[:, None, None]  # (B, 1, 1, 1)
@@ -681,7 +682,7 @@ def save_model(model, tokenizer, folder):
     if hasattr(model, "sharded_body"):
         state = model.state_dict(keep_vars=True)
         names = {id(x): name for name, x in reversed(state.items())}  # tied weights once
-        weights = whole({name: state[name].detach() for name in reversed(names.values())})
+        weights = whole({name: state[name].detach() for name in names.values()})
     if ranks()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
         model.save_pretrained(folder, state_dict=weights)
@@ -693,7 +694,7 @@ def read_rows(path, *layouts, split="train"):
     Each needs the columns of one of the layouts, such as "prompt completion"."""
     file, result = Path(path), []
     is_parquet = file.suffix == ".parquet"
-    if is_parquet or (path.count("/") == 1 and "json" not in file.suffix and not file.parent.exists()):
+    if is_parquet or path.count("/") == 1 and "json" not in file.suffix and not file.parent.exists():
         with blame(f"{path} (.parquet files and Hub ids need `pip install datasets`)"):
             import datasets
             source = {"path": "parquet", "data_files": path} if is_parquet else {"path": path}
@@ -1333,10 +1334,9 @@ def sample_rows(tokenizer, prompts, batch, **columns):
 
 def to_floats(sums, metrics):
     """Both in one dict of floats, the sums added up over the ranks: the device is waited for once."""
-    tensors = {name: x.double().view(1) for name, x in metrics.items() if torch.is_tensor(x)}
-    totals = [torch.as_tensor(x).double() for x in sums.values()]
-    totals = [over_ranks(torch.stack(totals))] if totals else []
-    values = torch.cat([*totals, *tensors.values()]).tolist() if totals or tensors else []
+    tensors = {name: x.double() for name, x in metrics.items() if torch.is_tensor(x)}
+    totals = torch.stack([torch.as_tensor(x).double() for x in sums.values()])
+    values = torch.hstack([over_ranks(totals), *tensors.values()]).tolist()
     return metrics | dict(zip([*sums, *tensors], values))
 
 class Run:
@@ -1395,7 +1395,7 @@ class Run:
             with contextlib.suppress(ImportError):  # there is none on Windows
                 import fcntl
                 fcntl.lockf(self.logs[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for file, size in zip(self.logs, self.state["sizes"] if self.state else (0, 0)):
+            for file, size in zip(self.logs, self.state.get("sizes", (0, 0))):
                 if file.tell() < size:
                     raise ValueError(f"{file.name} has lost rows")
                 file.truncate(size)  # what is behind the checkpoint will come again

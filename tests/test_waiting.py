@@ -101,13 +101,11 @@ def test_on_the_cpu_nothing_is_copied(device):
 
 def test_metrics_become_floats_and_others_stay():
     metrics = {"a": torch.tensor(0.1), "b": torch.tensor(3), "c": 5, "d": 0.25, "e": torch.tensor(0.1).double()}
-    got = to_floats({}, metrics) | to_floats(metrics, {})
-    assert got == to_floats({name: metrics[name] for name in "ab"}, {name: metrics[name] for name in "cde"})
     got = to_floats({name: metrics[name] for name in "ab"}, {name: metrics[name] for name in "cde"})
     assert set(got) == set(metrics) and not any(map(torch.is_tensor, got.values()))
     assert got["a"] == metrics["a"].item() and got["b"] == 3.0 and got["e"] == metrics["e"].item()
     assert got["c"] == 5 and type(got["c"]) is int and got["d"] == 0.25
-    assert to_floats({}, {"c": 5}) == {"c": 5} and to_floats({}, {}) == {}
+    assert to_floats(metrics, {}) == {**got, "c": 5.0} and to_floats({"a": 0.5}, {"c": 5}) == {"a": 0.5, "c": 5}
 
 
 @scripts(*STEPWISE)
