@@ -284,7 +284,7 @@ def token_values(model, input_ids, needed=None):
     hidden = states(model, input_ids, needed)
     head = getattr(model, "score", None) or model.classifier
     with torch.autocast(hidden.device.type, enabled=False):
-        values = head(hidden.to(head.weight.dtype)).squeeze(-1)
+        values = head(hidden.to(head.weight.dtype))  # (n, 1)
     return values.new_zeros(needed.shape).masked_scatter(needed, values)
 
 # ---- KL and masked statistics ----
@@ -360,16 +360,15 @@ class RowsCache(Rows):
         prompt = pad([[True] * len(prompt) for prompt in prompts], model.device, False)  # (B, P)
         super().__init__(pad(prompts, model.device), prompt)
         self.width = prompt.shape[1]
-        self.seen = F.pad(prompt, (0, room))  # (B, P + room)
+        self.seen = torch.where(F.pad(prompt, (0, room)), 0.0, -math.inf)  # (B, P + room), a mask to add
         self.last = last_token(prompt)[:, None]
 
     def step(self, token=None):
         if token is None:
             hidden = self.forward(self.model, self.ids, self.positions)[0]
-            last = self.place.gather(1, self.last)
-            return hidden[last[:, 0]]
+            return hidden[self.place.gather(1, self.last)[:, 0]]
         self.last += 1
-        self.seen.scatter_(1, self.last, True)
+        self.seen.scatter_(1, self.last, 0.0)
         self.width += 1
         span = SPAN[token.device.type]
         self.span = min(-(-self.width // span) * span, self.seen.shape[1])
@@ -402,24 +401,25 @@ class RowsCache(Rows):
             self.layers[layer] = []
             for x in (key, value):
                 x = take(x[0].transpose(0, 1), self.place)  # (B, P, heads, d)
-                x = F.pad(x.transpose(1, 2), (0, 0, 0, self.room))  # (B, heads, P + room, d)
-                self.layers[layer].append(x)
+                self.layers[layer].append(F.pad(x, (0, 0, 0, 0, 0, self.room)))
             return super().attend(layer, query, key, value, scale, window)
-        last = self.last[:, None, None]  # (B, 1, 1, 1)
+        rows = torch.arange(len(key), device=key.device)
         for memory, x in zip(self.layers[layer], (key, value)):
-            memory.scatter_(2, last.expand(x.shape), x)
-        k, v = (memory[:, :, : self.span] for memory in self.layers[layer])
-        seen = self.seen[:, None, None, : self.span]  # (B, 1, 1, span)
+            memory[rows, self.last[:, 0]] = x[:, :, 0]
+        k, v = (memory[: len(key), : self.span].transpose(1, 2) for memory in self.layers[layer])
+        seen = self.seen[:, : self.span]
         if window:
-            seen = seen & (torch.arange(self.span, device=last.device) > last - window)
-        q = query.reshape(len(k), k.shape[1], -1, k.shape[3])  # heads that share keys, as its queries
-        output = F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
-        return output.reshape(len(k), 1, -1, v.shape[3])
+            is_old = torch.arange(self.span, device=seen.device) <= self.last - window
+            seen = seen.masked_fill(is_old, -math.inf)
+        q = query.unflatten(1, (k.shape[1], -1)).squeeze(3)  # heads that share keys, as its queries
+        output = F.scaled_dot_product_attention(q, k, v, seen[:, None, None], scale=scale)
+        return output.flatten(1, 2)[:, None]
 
     def keep(self, rows):
         """Let all other rows leave."""
         for pair in self.layers.values():
-            pair[:] = [x[: len(rows)].copy_(x[rows]) for x in pair]  # in the same memory
+            for x in pair:
+                x[: len(rows), : self.width] = x[rows, : self.width]
         self.last, self.seen, self.graphs = self.last[rows], self.seen[rows], {}
 
 def pick(weights, noise):
@@ -445,7 +445,7 @@ def draw(z, noise):
         place, _ = pick(blocks.take_along_dim(block[..., None], 1).squeeze(1), share)
         token = (64 * block + place).clamp(max=V - 1)
     logp = (p.gather(1, token) / ends[:, -1:]).log()
-    return token.squeeze(1), logp.squeeze(1).to(z.dtype)
+    return token.flatten(), logp.flatten().to(z.dtype)
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256, first=0):
@@ -477,7 +477,7 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
             lengths[rows] += alive
             alive &= ~torch.isin(token, stop)
             if t % LOOK[device.type] == 0:
-                left = alive.nonzero().squeeze(1)
+                left = alive.nonzero().flatten()
                 if len(left) == 0:
                     break
                 if len(left) < 0.75 * len(rows) and kind is RowsCache:  # those that have ended leave
@@ -485,7 +485,7 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
                     rows, token, alive = rows[left], token[left], alive[left]
     model.train(training)
     input_ids, mask, scores = [], [], []
-    for prompt, row, logp, length in zip(prompts, *(x.tolist() for x in (tokens, logprobs, lengths))):
+    for prompt, row, logp, length in zip(prompts, tokens.tolist(), logprobs.tolist(), lengths.tolist()):
         input_ids.append(prompt + row[:length])
         mask.append([False] * len(prompt) + [True] * length)
         scores.append([0.0] * len(prompt) + logp[:length])
@@ -657,8 +657,8 @@ def state_of(part):
 def load_state(part, state):
     """The inverse of `state_of`, on any number of ranks."""
     if isinstance(part, torch.nn.Module):
-        trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
-        part.load_state_dict({name: like(state[name], p) for name, p in trained.items()}, strict=False)
+        trained = {name: like(state[name], p) for name, p in part.named_parameters() if p.requires_grad}
+        part.load_state_dict(trained, strict=False)
     else:
         parameters = [p for group in part.param_groups for p in group["params"]]
         states = {}
@@ -1148,7 +1148,7 @@ def read_scores(model, rows, size, autocast):
 def ended(batch, eos_ids):
     """Which responses of a batch end with an EOS: (B,)."""
     last = batch["input_ids"].gather(1, last_token(batch["mask"])[:, None])  # (B, 1)
-    return torch.isin(last, last.new_tensor(eos_ids)).squeeze(1)
+    return torch.isin(last, last.new_tensor(eos_ids)).flatten()
 
 def responses_of(batch):
     """The token ids of each response in a batch, its EOS among them: a list of lists."""
