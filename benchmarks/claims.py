@@ -24,6 +24,7 @@ import math
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -45,9 +46,9 @@ import sft  # noqa: E402
 import frontier  # noqa: E402
 from bandit_lessons import order_recovered  # noqa: E402
 from common import (  # noqa: E402
-    ended, fail, load_model, load_reward, pad, read_rows, responses_of, sample)
+    ended, fail, load_model, load_prompts, load_reward, pad, read_rows, responses_of, sample)
 from frontier import frontier_at, kl_to  # noqa: E402
-from gold_reward import gold_reward  # noqa: E402
+from gold_reward import gold_reward, sum_reward  # noqa: E402
 
 GOLD = "data/gold_reward.py:gold_reward"
 TINY = {  # sizes of a test, with 128 rows of each file
@@ -373,18 +374,35 @@ def is_collapsed(policy: dict) -> bool:
     return policy["gold"] <= policy["start"] or policy["eos"] < 0.9
 
 
+def greedy_share(folder: Path, eval_rows: list[dict]) -> float:
+    """Share of sums that a model gets right with its likeliest tokens."""
+    model, tokenizer, eos_ids = load_model(str(folder / "model"), OPTIONS, CPU)
+    rows, prompts = zip(*load_prompts(tokenizer, eval_rows, 512))
+    batch = sample(model, prompts, 8, eos_ids, temperature=0.0)
+    answers = tokenizer.batch_decode(responses_of(batch), skip_special_tokens=True)
+    return statistics.mean(sum_reward(prompts, answers, [row["answer"] for row in rows]))
+
+
 def claim_sums(args: Args) -> dict:
     """The commands of the main README for rewards that can be verified, without evaluations in between."""
-    before, after = [], []
+    result = {name: [] for name in ("before", "possible", "greedy", "after", "greedy_after", "cpu_s")}
+    eval_rows = read_rows("data/sums_prompts_test.jsonl")
     for seed in range(1, args.sums_seeds + 1):
         folder = home(args, seed) / "sums"
-        train(args, folder, sft, dataset="data/sums.jsonl", num_train_epochs=8, seed=seed)
+        start = train(args, folder, sft, dataset="data/sums.jsonl", num_train_epochs=8, seed=seed)
+        end = home(args, seed) / "sums-grpo"
         run = train(
-            args, home(args, seed) / "sums-grpo", grpo, model=str(folder / "model"), seed=seed,
+            args, end, grpo, model=str(folder / "model"), seed=seed,
             reward=("data/gold_reward.py:sum_reward",), dataset="data/sums_prompts.jsonl", kl_coef=0.0,
             max_new_tokens=8, total_episodes=128_000, eval_samples=2560)
-        before.append(run["before"]["eval/pass_at_1"])
-        after.append(run["after"]["eval/pass_at_1"])
+        result["before"].append(run["before"]["eval/pass_at_1"])
+        result["after"].append(run["after"]["eval/pass_at_1"])
+        (group,) = {name for name in run["before"] if "pass_at_" in name} - {"eval/pass_at_1"}
+        result["possible"].append(run["before"][group])  # right at least once among the samples of a sum
+        result["greedy"].append(greedy_share(folder, eval_rows))
+        result["greedy_after"].append(greedy_share(end, eval_rows))
+        result["cpu_s"].append([start["cpu_s"], run["cpu_s"]])
+    before, after = result["before"], result["after"]
     collapsed = sum(end <= start for start, end in zip(before, after))
     quartile = torch.tensor(after).quantile(0.25).item()
     figure = (f"{shown(before)} → {shown(after)} of held-out sums; lower quartile {quartile:.3f}, worst seed "
@@ -392,7 +410,7 @@ def claim_sums(args: Args) -> dict:
               f"{rate_bound(collapsed, len(after)):.3f} (95 %)")
     claim = "RL on rewards that can be verified gets above 0.9 right where 0.3 of the demonstrations were"
     rows = [row(claim, "alignment notes, SUSTech", verdict(after, 0.9), figure, args.sums_seeds)]
-    return {"rows": rows, "before": before, "after": after, "collapsed": collapsed}
+    return {"rows": rows, **result, "collapsed": collapsed}
 
 
 def claim_cost(args: Args) -> dict:
