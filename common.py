@@ -91,9 +91,9 @@ class _TokenLogprobs(torch.autograd.Function):
             s = slice(i, i + rows)
             y = targets[s, None]
             z = _logits(hidden[s], W, bias, *head)  # (rows, V)
-            normalizer[s] = z.gather(-1, y).squeeze(-1)
+            normalizer[s] = z.gather(1, y).flatten()
             z = z.log_softmax(-1)
-            logprobs[s] = z.gather(-1, y).squeeze(-1)
+            logprobs[s] = z.gather(1, y).flatten()
             if entropy:
                 entropies[s] = -z.exp().mul_(z).nansum(-1)  # 0 log 0 is 0
             if hits:
@@ -407,7 +407,7 @@ class RowsCache(Rows):
         for memory, x in zip(self.layers[layer], (key, value)):
             memory[rows, self.last[:, 0]] = x[:, :, 0]
         k, v = (memory[: len(key), : self.span].transpose(1, 2) for memory in self.layers[layer])
-        seen = self.seen[:, : self.span]
+        seen = self.seen[:, : self.span].to(k.dtype)
         if window:
             is_old = torch.arange(self.span, device=seen.device) <= self.last - window
             seen = seen.masked_fill(is_old, -math.inf)
@@ -470,7 +470,7 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
                 z = _logits(hidden, **head, temperature=temperature or 1.0)  # (rows, V)
             if temperature == 0:
                 token = z.argmax(-1)
-                logp = z.gather(1, token[:, None]).squeeze(1) - z.logsumexp(1)
+                logp = z.gather(1, token[:, None]).flatten() - z.logsumexp(1)
             else:
                 token, logp = draw(z, noise[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logp
