@@ -209,7 +209,7 @@ class Rows:
         ends = [F.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in (queries, keys)]
         self.sizes = *map(send, ends), int(queries.max()), int(keys.max())  # for varlen_attn: ends, longest
         self.keys = send(place[needed])
-        size = len(ids) if input_ids.is_cuda else 1 + 1024 // ids.shape[1]
+        size = len(ids) if input_ids.is_cuda else 1 + 65536 // ids.shape[1] ** 2
         padded, self.lengths, self.counts = new.clone(), [], []  # else a few rows at a time
         for part in padded.split(size):
             length = last_token(part).max().item() + 1
@@ -504,7 +504,7 @@ def fail(message):
     if ranks()[0]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(30)  # if rank 0 says it too, torchrun ends this process by then
-    print(f"error: {line}\n", end="", file=sys.__stderr__ if ranks()[0] else sys.stderr, flush=True)
+    print(f"error: {line}\n", end="", file=sys.__stderr__ if ranks()[0] else sys.stderr)
     raise SystemExit(2) from None  # by which `blame` knows it
 
 @contextlib.contextmanager
