@@ -9,6 +9,7 @@ import json
 import statistics
 
 import curves
+import first_minutes
 import pytest
 import seeds
 from conftest import ROOT
@@ -379,3 +380,10 @@ def test_what_you_should_see():
     k3, k1 = (methods[name]["fraction"] for name in ("GRPO, k3 in the loss (default)", "GRPO, k1 in the reward"))
     assert shown["python grpo.py"] == f"{k3:.2f}"
     assert shown["python grpo.py --kl-in reward --output-dir runs/grpo-k1"] == f"{k1:.2f}"
+
+
+def test_the_first_minutes():
+    shown = {row[0].strip("`"): row[3] for row in rows("What you should see", "command |", MAIN)}
+    seconds = load("first_minutes")["cpu_seconds"]
+    assert list(seconds) == first_minutes.commands() == list(shown)
+    assert shown == {command: f"{x:.0f}" for command, x in seconds.items()}
