@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import os
@@ -98,6 +99,7 @@ class Child:
 
 def run_and_exit(script, args, log, prepare):
     """In the child, which shares nothing with the parent that could be kept, locked or continued by both."""
+    gc.freeze()  # or a collection, at any moment, would look through all that the parent holds
     let_go_of_files(log)
     tqdm.set_lock(threading.RLock())  # tqdm's own is one for all forks: a killed one would never release it
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from alpacafarm import Args, Quark, best_of_n_weights, quantiles, quark_losses
 from common import load_prompts, read_rows, responses_of
 from conftest import ROOT, make_model, noise
 from make_world import ADJECTIVES, VERBS
-from tiny_runs import read
+from tiny_runs import read, without_pictures
 
 FILE = ROOT / "benchmarks" / "results" / "alpacafarm.json"
 TEXT = (ROOT / "benchmarks" / "README.md").read_text()
@@ -355,7 +355,8 @@ def tiny(tmp_path_factory):
     screen, again = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        with contextlib.redirect_stdout(screen):
+        with contextlib.redirect_stdout(screen), without_pictures():
+            patch.setattr(alpacafarm, "picture", lambda *_: None)
             result = alpacafarm.main(args)
         with contextlib.redirect_stdout(again):
             second = alpacafarm.main(args)

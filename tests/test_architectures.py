@@ -42,7 +42,7 @@ ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_siz
           "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 LATENT = {**ROUTED, **ALL_HEADS, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
           "v_head_dim": 8}
-MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_key_head_dim": 8,
           "linear_num_value_heads": 4, "linear_value_head_dim": 8, **HEADS_OF_8}
 HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8,
@@ -117,7 +117,8 @@ REFUSED = {
     # log-probs of the cached steps, alone or behind padding, are not those of a whole row
     "mamba": ("mamba", {"state_size": 8}),
     "falcon_mamba": ("falcon_mamba", {"state_size": 8}),
-    "zamba2": ("zamba2", {**HYBRID, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4}),
+    "zamba2": ("zamba2", {**HYBRID, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4,
+                          "chunk_size": 8}),
     "bart": ("bart", DECODER),
     "trocr": ("trocr", DECODER),
     "minimax": ("minimax", {"block_size": 4, "layer_types": LINEAR["layer_types"], **EXPERTS, **HEADS_OF_8}),
@@ -143,7 +144,7 @@ EITHER = {
     "dbrx with dropout": ("dbrx", {**DBRX, "attn_config": {**DBRX_ATTENTION, "attn_pdrop": 0.1}}),
     "gemma3": ("gemma3", {"text_config": {**SIZES, **GEMMA}, "vision_config": IMAGES, "mm_tokens_per_image": 4}),
     # right, but for older versions of transformers that name its cache otherwise among the outputs
-    "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
+    "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}),
 }
 CASES = {**RIGHT, **REFUSED, **EITHER}
 # fmt: on
@@ -231,10 +232,10 @@ def check_scoring(metrics, folder):
 
 
 @torch.no_grad()
-def check_saving(metrics, folder, trained):
+def check_saving(metrics, folder, model, trained):
     """The folder holds the trained model, the one that the last evaluation saw, and names its EOS."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, ids = load(folder), torch.tensor([tokenizer(ROWS[0]["prompt"])["input_ids"]])
+    ids = torch.tensor([tokenizer(ROWS[0]["prompt"])["input_ids"]])
     after = metrics[-1]["eval/loss"]
     logits, want = (x(input_ids=ids).logits for x in (model, trained.eval()))
     torch.testing.assert_close(logits, want, atol=TOLERANCE, rtol=0)
@@ -245,9 +246,9 @@ def check_saving(metrics, folder, trained):
 
 
 @torch.no_grad()
-def check_sampling(folder):
+def check_sampling(folder, model):
     """Ragged prompts, and rows that end at their own time."""
-    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = tokenizer(PROMPTS)["input_ids"]
     batch = sample(model, prompts, NEW_TOKENS, EOS_IDS, seed=1)
     lengths = batch["mask"].sum(1).tolist()
@@ -311,8 +312,9 @@ def test_each_class_is_right_or_refused(label, script, trained, filters, tmp_pat
     assert [str(warning.message) for warning in printed] == []
     if code == 0:
         check_scoring(metrics, folder)
-        check_saving(metrics, run / "model", trained["model"])
-        check_sampling(run / "model")
+        saved = load(run / "model")
+        check_saving(metrics, run / "model", saved, trained["model"])
+        check_sampling(run / "model", saved)
         assert stderr == ""
         assert label not in REFUSED, "it is right: its place in the table is RIGHT"
     else:

@@ -2,15 +2,18 @@
 and enumeration; then its tables, its picture and what it refuses.
 """
 
+import contextlib
+import io
 import itertools
 import json
 import math
+import runpy
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from test_bandit import SMALL, fitted, noise, process, seeded, tensor, votes_of, written
+from test_bandit import SMALL, fitted, noise, seeded, tensor, votes_of, written
 
 import bandit_bt as bt
 import bandit_lessons as lessons
@@ -273,9 +276,14 @@ def test_ratings_need_a_common_scale_and_comparisons_do_not():
 def tables(tmp_path_factory):
     """(metrics, what the command leaves in the working folder and in --output, what it prints)."""
     folder = tmp_path_factory.mktemp("lessons")
-    done = process(str(ROOT / "benchmarks" / "bandit_lessons.py"), "--output", "lessons.json", cwd=folder)
-    assert (done.returncode, done.stderr) == (0, "") and [x.name for x in folder.iterdir()] == ["lessons.json"]
-    return json.loads((folder / "lessons.json").read_text())["metrics"], done.stdout
+    shown, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(error):
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(sys, "argv", ["bandit_lessons.py", "--output", "lessons.json"])
+        runpy.run_path(str(ROOT / "benchmarks" / "bandit_lessons.py"), run_name="__main__")
+    assert error.getvalue() == "" and [x.name for x in folder.iterdir()] == ["lessons.json"]
+    return json.loads((folder / "lessons.json").read_text())["metrics"], shown.getvalue()
 
 
 def test_what_is_printed(tables):

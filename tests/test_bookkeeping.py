@@ -68,13 +68,12 @@ def test_micro_batches_change_nothing(script, go, ragged, float64, monkeypatch):
     if script.is_sampler:
         flags["total_episodes"] = 32
     whole = go("whole", **flags, micro_batch_size=8)
-    for micro in (1, 4):
-        parts = go(f"parts{micro}", **flags, micro_batch_size=micro)
-        assert rows_without_rounding(parts) == approx_rows(rows_without_rounding(whole), 1e-4)
-        for path in whole.glob("*/model.safetensors"):
-            a, b = (load_file(run / path.relative_to(whole)) for run in (whole, parts))
-            for key, weight in a.items():
-                assert (weight - b[key]).abs().max() < 1e-5, key  # a hundredth of one step at the rate of 1e-3
+    parts = go("parts", **flags, micro_batch_size=2)
+    assert rows_without_rounding(parts) == approx_rows(rows_without_rounding(whole), 1e-4)
+    for path in whole.glob("*/model.safetensors"):
+        a, b = (load_file(run / path.relative_to(whole)) for run in (whole, parts))
+        for key, weight in a.items():
+            assert (weight - b[key]).abs().max() < 1e-5, key  # a hundredth of one step at the rate of 1e-3
 
 
 @scripts("reward_model")

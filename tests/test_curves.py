@@ -5,6 +5,7 @@ the five seeds, and a run of one's own is read.
 import importlib
 import json
 import math
+import runpy
 import statistics
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 import tyro
 from conftest import ROOT
 from curves import AWAY, FLAT, LABELS, OTHER_START, OVERFIT, PARTS, RATE, SIGNS, WATCH, Log, read, verdict
-from tiny_runs import run_python, scripts
+from tiny_runs import scripts
 
 sys.path.append(str(ROOT / "data"))
 from gold_reward import gold_reward  # noqa: E402
@@ -256,12 +257,15 @@ def test_shuffled_pairs_are_the_pairs(tmp_path):
 # ---- The command ----
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     runs = [str(curves.CURVES / f"{name}.jsonl") for name in ("ppo-other-6", "ppo-kl0-1")]
-    process = run_python("benchmarks/curves.py", *runs, "--output", str(tmp_path / "both.png"))
-    assert process.returncode == 0 and not process.stderr
-    lines = process.stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", ["curves.py", *runs, "--output", str(tmp_path / "both.png")])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(ROOT / "benchmarks" / "curves.py"), run_name="__main__")
+    shown = capsys.readouterr()
+    assert not shown.err
+    lines = shown.out.splitlines()
     assert "  healthy" in lines and f"  sick: {AWAY}, the entropy collapses" in lines
     assert any(line.startswith("  objective/kl is above the band") for line in lines)
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")

@@ -36,7 +36,7 @@ def test_the_environment_is_measured(step):
     assert all(x > 0 for name, x in figures.items() if name != "versions")
 
 
-def test_the_device_under_test_agrees_with_itself(step):
+def test_the_device_under_test_agrees_with_itself(step, no_pictures):
     """On a CPU "CUDA in fp32" is the same computation, and a command repeated or resumed gives the same bits."""
     gpu_check.sft(step("sft"))
     world = json.loads(step("sft").file.read_text())

@@ -934,15 +934,21 @@ def canned(double, tiny, monkeypatch):
 @only("llama")  # of the fixture tiny; both kinds are taken in turns here
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_gradients_of_an_update_in_every_combination(canned, loss_type, scale):
+def test_gradients_of_an_update_in_combinations(canned, loss_type, scale):
     """All optimizer steps of two updates, the first on samples of the policy, the second on those of another: every
-    minibatch by loops over single responses, each with its own log-probs, and the metrics of the second update."""
+    minibatch by loops over single responses, each with its own log-probs, and the metrics of the second update.
+    Half of the combinations: those in which the numbers of all seven levels, loss type and scale among them, have an
+    even sum. Any all but one of the two-level factors are in every combination, with every level of the others."""
     cases = itertools.product(BASELINES, ("loss", "reward"), ESTIMATORS, LEVELS, (False, True))
+    levels = itertools.product(*map(range, (2, 2, 3, 2, 2)))
+    first = LOSS_TYPES.index(loss_type) + SCALES.index(scale)
+    cases = [case for case, numbers in zip(cases, levels, strict=True) if (first + sum(numbers)) % 2 == 0]
+    assert len(cases) == 24
     seen = set()
     for k, (baseline, kl_in, estimator, level, drop) in enumerate(cases):
         parts = 2 if k % 3 == 0 else 1
         case, args, metrics, index, steps = canned(
-            ("llama", "gpt2")[(k + k // 2 + k // 4 + k // 12 + k // 24) % 2], loss_type=loss_type,
+            ("llama", "gpt2")[(k + k // 2 + k // 4 + k // 12) % 2], loss_type=loss_type,
             scale_rewards=scale, baseline=baseline, kl_in=kl_in, kl_estimator=estimator,
             importance_sampling_level=level, drop_zero_std=drop, num_minibatches=parts, batch_size=12 // parts,
             micro_batch_size=3 if k % 5 == 0 else 12 // parts)  # fmt: skip
@@ -1077,7 +1083,7 @@ def test_a_run_by_loops_over_single_rows(tiny, watch, double, monkeypatch, flags
 def test_micro_batches_change_no_gradient_and_no_metric(tiny, double, tmp_path, loss_type, drop):
     """Guard: micro-batch invariance, of all optimizer steps of an update and all that is logged, in float64."""
     seen = {}
-    for micro in (8, 4, 2, 1):
+    for micro in (8, 2, 1):
         folder = tmp_path / f"{micro}"
         with optimizer_steps() as steps:
             grpo.main(tiny("uneven" if drop else "score", micro_batch_size=micro, batch_size=8, num_generations=4,
@@ -1088,7 +1094,7 @@ def test_micro_batches_change_no_gradient_and_no_metric(tiny, double, tmp_path, 
                   if name != "tokens_per_second"}  # fmt: skip
         seen[micro] = [vector(gradient) for _, gradient in steps], logged
     assert len(seen[8][0]) == 2 and (0 < seen[8][1]["1 frac_reward_zero_std"] < 1 or not drop)
-    for micro in (4, 2, 1):
+    for micro in (2, 1):
         for got, want in zip(seen[micro][0], seen[8][0]):
             assert (got - want).norm() < 1e-6 * want.norm() and want.norm() > 1e-3
         assert seen[micro][1] == pytest.approx(seen[8][1], rel=1e-5, abs=1e-6)  # summed in float32

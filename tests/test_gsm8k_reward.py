@@ -253,7 +253,7 @@ def test_the_real_solutions_are_right(shared, split):
     assert set(gsm8k.lenient(prompts, unmarked, short)) == {1.0}
 
 
-def test_grpo_runs_on_it(shared, tmp_path):
+def test_grpo_runs_on_it(shared, tmp_path, no_pictures):
     """Two updates of a random small Qwen2 with its real tokenizer, by both rules, on texts and on messages."""
     folder = shutil.copytree(shared / "models" / "qwen2.5-tokenizer", tmp_path / "model")
     transformers.Qwen2Config(

@@ -16,7 +16,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, SHARED
-from tiny_runs import read
+from tiny_runs import read, without_pictures
 
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "imdb.json").read_text())
 TEXT = (ROOT / "benchmarks" / "README.md").read_text()
@@ -170,7 +170,8 @@ def in_process(commands):
         _, file, *words = command
         commands.append(Path(file).name)
         module = importlib.import_module(Path(file).stem)
-        module.main(tyro.cli(module.Args, args=words))
+        with without_pictures():
+            module.main(tyro.cli(module.Args, args=words))
 
     return run
 

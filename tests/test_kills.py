@@ -1,5 +1,6 @@
 """kill -9 at a random moment of each script and at moments that are rare, and what kills.py says of planted bugs."""
 
+import dataclasses
 import fcntl
 import functools
 import os
@@ -117,7 +118,7 @@ def test_child_and_parent_share_no_open_file(tmp_path):
 
 # ---- kills.py finds what is wrong ----
 
-LATE = kills.Kill("sft", 2, 0.6, False, None)
+LATE = kills.Kill("sft", 2, 0.7, False, None)  # between the steps 3 and 4: step 2 is long saved
 
 
 @scripts("sft")
@@ -125,7 +126,7 @@ LATE = kills.Kill("sft", 2, 0.6, False, None)
 def test_an_optimizer_that_is_forgotten(whole, starts, tmp_path, monkeypatch, again):
     """The weights that follow are others, and so is what is logged."""
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *_: None)
-    kill = kills.Kill("sft", 2, 0.6, False, again)
+    kill = dataclasses.replace(LATE, again=again)
     story = kills.try_random(kill, starts, whole(2), tmp_path / "run")
     assert "resumed" in story.events[1]
     assert any(what.startswith("metrics.jsonl:") and "loss" in what for what in story.wrong), story

@@ -16,6 +16,7 @@ import real_data
 import tyro
 from conftest import ROOT, SHARED
 from test_figures import held, rows, section
+from tiny_runs import without_pictures
 
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "real_data.json").read_text())
 RUNS = RESULT["runs"]
@@ -67,7 +68,7 @@ def in_process(commands):
         _, file, *words = command
         commands.append(Path(file).name)
         module = importlib.import_module(Path(file).stem)
-        with contextlib.redirect_stdout(io.StringIO()) as text:
+        with contextlib.redirect_stdout(io.StringIO()) as text, without_pictures():
             module.main(tyro.cli(module.Args, args=words))
         return SimpleNamespace(stdout=text.getvalue())
 

@@ -959,14 +959,14 @@ def test_the_optimizer_gets_the_same_gradient_from_any_micro_batch(tokenizer, tm
     flat = lambda optimizer: torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]])
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: gradients.append(flat(optimizer)))
     try:
-        for micro in (8, 1, 2, 4):
+        for micro in (8, 1, 2):
             args = tiny(tmp_path, start, loss_type=loss_type, micro_batch_size=micro, dataset=rows, eval_dataset=rows,
                         max_grad_norm=1e9, output_dir=str(tmp_path / f"run{micro}"))  # fmt: skip
             reward_model.main(args)
             logs.append([json.loads(line) for line in open(tmp_path / f"run{micro}" / "metrics.jsonl")])
     finally:
         hook.remove()
-    assert len(gradients) == 4 and gradients[0].norm() > 0.01
+    assert len(gradients) == 3 and gradients[0].norm() > 0.01
     for gradient, log in zip(gradients[1:], logs[1:]):
         assert (gradient - gradients[0]).norm() < 5e-6 * gradients[0].norm()
         for key, value in log[1].items():

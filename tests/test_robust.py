@@ -977,7 +977,8 @@ def test_other_models_are_no_scorers(refused, starts, tmp_path):
 
 def test_the_terminal_may_leave(starts, tmp_path):
     """`python sft.py | head -1`: no traceback, and no other message."""
-    command = [sys.executable, "sft.py", "--model", str(starts / "run1" / "model"), "--output-dir", str(tmp_path / "run")]
+    command = [sys.executable, "sft.py", "--model", str(starts / "run1" / "model"), "--output-dir", str(tmp_path / "run"),
+               "--dataset", str(starts / "sft.jsonl"), "--eval-dataset", str(starts / "sft_held_out.jsonl")]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "rows" in process.stdout.readline()
     process.stdout.close()

@@ -429,18 +429,25 @@ def tiny_args(script, starts, folder, epochs=1, **flags):
     return script.module.Args(**args)
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
+@contextlib.contextmanager
+def without_pictures():
     """As where matplotlib is not installed: the picture at the end of a tiny run takes longer than the run."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        yield
+
+
+@pytest.fixture
+def no_pictures():
+    with without_pictures():
+        yield
 
 
 def launch(script, args):
     """main(args) of a script, without a picture, and the signal handlers as they were."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "matplotlib.figure", None)
+        with without_pictures():
             return script.module.main(args)
     finally:
         for number, handler in handlers.items():
