@@ -1445,12 +1445,12 @@ class Run:
 
     def checkpoint(self, step, **numbers):
         """What --resume needs: every --save-every steps, at the end, after a signal, which ends the run."""
+        for name, model in self.models.items():
+            norm = full(torch.nn.utils.get_total_norm(model.parameters()))
+            self.check(step, f"the norm of the weights of {name}", norm.item())
         is_due = self.args.save_every and step % self.args.save_every == 0
         self.stopped = int(over_ranks(torch.tensor(self.stopped), "MAX"))  # all ranks, or none
         if is_due or self.stopped or step == self.num_steps:
-            for name, model in self.models.items():
-                norm = full(torch.nn.utils.get_total_norm(model.parameters()))
-                self.check(step, f"the norm of the weights of {name}", norm.item())
             state = {"step": step, "inputs": self.inputs, "args": asdict(self.args), **numbers}
             for name, part in self.parts.items():
                 state[name] = state_of(part)
