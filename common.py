@@ -164,7 +164,7 @@ def token_logprobs(hidden, weight, targets, bias=None, scale=1.0, softcap=None, 
     entropy, hits: return too each token's -sum_v p log p, differentiable, and whether it is the likeliest.
     Returns: log-probs (N,) in nats, fp32, or a tuple with what else was asked for, (N,) each.
     Raises: ValueError for shapes that do not fit or a temperature that is not positive."""
-    if hidden.dim() != 2 or targets.shape + weight.shape[1:] != hidden.shape:
+    if not hidden.dim() == weight.dim() == 2 or targets.shape + weight.shape[1:] != hidden.shape:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
                          f"{tuple(targets.shape)}; expected (N, H), (V, H) and (N,)")
     if not temperature > 0:
@@ -212,7 +212,7 @@ class Rows:
         size = len(ids) if input_ids.is_cuda else 1 + 65536 // ids.shape[1] ** 2
         padded, self.lengths, self.counts = new.clone(), [], []  # else a few rows at a time
         for part in padded.split(size):
-            length = last_token(part).max().item() + 1
+            length = int(last_token(part).max()) + 1
             part[:, :length] = True
             self.lengths.append(length)
             self.counts.append(length * len(part))
@@ -366,7 +366,7 @@ class RowsCache(Rows):
     def step(self, token=None):
         if token is None:
             hidden = self.forward(self.model, self.ids, self.positions)[0]
-            return hidden[self.place.gather(1, self.last)[:, 0]]
+            return hidden[self.place.gather(1, self.last).flatten()]
         self.last += 1
         self.seen.scatter_(1, self.last, 0.0)
         self.width += 1
@@ -405,7 +405,7 @@ class RowsCache(Rows):
             return super().attend(layer, query, key, value, scale, window)
         rows = torch.arange(len(key), device=key.device)
         for memory, x in zip(self.layers[layer], (key, value)):
-            memory[rows, self.last[:, 0]] = x[:, :, 0]
+            memory[rows, self.last.flatten()] = x.squeeze(2)
         k, v = (memory[: len(key), : self.span].transpose(1, 2) for memory in self.layers[layer])
         seen = self.seen[:, : self.span].to(k.dtype)
         if window:

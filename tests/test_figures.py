@@ -51,10 +51,6 @@ def held(words, *figures):
         assert found, figure
 
 
-def spread(values, digits):
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
 def curve(name):
     """The evaluations of a recorded run: the first one and the last one."""
     found = [row for row in read(RESULTS / "curves" / f"{name}.jsonl") if any(key.startswith("eval/") for key in row)]
