@@ -478,7 +478,7 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
             alive &= ~torch.isin(token, stop)
             if t % LOOK[device.type] == 0:
                 left = alive.nonzero().flatten()
-                if len(left) == 0:
+                if not len(left):
                     break
                 if len(left) < 0.75 * len(rows) and kind is RowsCache:  # those that have ended leave
                     cache.keep(left)
@@ -1186,7 +1186,7 @@ def sample_all(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0)
             except torch.OutOfMemoryError as error:
                 if size == 1:
                     fail(f"{error}: lower --max-new-tokens")
-                size = size // 16
+                size //= 16
     parts = [batch] * ranks()[1]
     if len(parts) > 1:
         dist.all_gather_object(parts, batch)  # None of a rank without prompts
@@ -1294,11 +1294,9 @@ def learning_rate(args, step, num_steps):
 
 def plackett_luce_loss(rewards, ranking):
     """-log prod_k exp(r_k) / sum_{l >= k} exp(r_l), best first: App. A.3 of arXiv:2305.18290.
-
     Ties: the mean over every order of the tied ones, as mu = 1/2 is for a pair. At a choice among the tied,
     all their subsets of one size are equally likely to be left, together with all that rank below.
-    Args: rewards (K,); ranking: K numbers, 1 the best and equal ones a tie. Returns: a scalar, nats.
-    """
+    Args: rewards (K,); ranking: K numbers, 1 the best and equal ones a tie. Returns: a scalar, nats."""
     loss = -rewards.sum()
     for place in set(ranking):
         tied = [i for i, other in enumerate(ranking) if other == place]
@@ -1364,15 +1362,14 @@ class Run:
                 self.state = torch.load(self.file, "cpu", weights_only=True, mmap=os.name == "posix")
                 before = self.state["args"]
             for name, value in asdict(args).items():
-                ends_here = value == 0 and name in ("num_train_epochs", "total_episodes")
-                if name not in self.FREE and not ends_here and value != before.get(name):
+                if name not in self.FREE and value != before.get(name):
                     fail(f"--resume: --{name.replace('_', '-')} is {value}, and was {before.get(name)}")
 
-    def start(self, num_steps, inputs, **parts):
+    def start(self, num_steps, inputs, tokenizer, **parts):
         """Load the checkpoint into parts, open the logs, catch Ctrl-C, SIGTERM, and return the first step."""
         if 0 < num_steps < 20 and hasattr(self.args, "num_train_epochs"):
             print(f"only {num_steps} steps: a lower --batch-size or more --num-train-epochs make more")
-        self.num_steps, self.parts = num_steps, parts
+        self.num_steps, self.tokenizer, self.parts = num_steps, tokenizer, parts
         self.models = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
         weights = [getattr(model, "first_weights", "") for model in self.models.values()]
         prints = lambda things: [zlib.crc32(repr(x).encode()) for x in things]
@@ -1429,8 +1426,7 @@ class Run:
         if hasattr(self.args, "critic_learning_rate"):
             flags += " or --critic-learning-rate"
         if not math.isfinite(value):
-            fail(f"step {step}: {name} is {value}: lower {flags}; the last checkpoint, if any, is in "
-                 f"{self.file.parent}")
+            fail(f"step {step}: {name} is {value}: lower {flags}; checkpoint, if any: {self.file.parent}")
 
     def log(self, step, metrics, samples=()):
         """A line of metrics.jsonl, lines of samples.jsonl, and TensorBoard's events if it is installed."""
@@ -1440,7 +1436,8 @@ class Run:
                 self.writer.add_scalar(name, value, step)
         for file, rows in zip(self.logs, ([metrics], samples)):
             for row in rows:
-                file.write(json.dumps({"step": step, **row}) + "\n")
+                line = json.dumps({"step": step, **row})
+                file.write(line + "\n")
             file.flush()
 
     def checkpoint(self, step, **numbers):
@@ -1454,25 +1451,28 @@ class Run:
             state = {"step": step, "inputs": self.inputs, "args": asdict(self.args), **numbers}
             for name, part in self.parts.items():
                 state[name] = state_of(part)
-            if ranks()[0] == 0:
-                state["sizes"] = [(self.folder / name).stat().st_size for name in self.LOGS]
+            if not ranks()[0]:
+                state["sizes"] = [file.tell() for file in self.logs]
                 temporary = self.file.with_suffix(".tmp")
                 with blame(f"--output-dir {self.folder}"):
                     self.file.parent.mkdir(exist_ok=True)
                     torch.save(state, temporary)
                     os.replace(temporary, self.file)  # a crash leaves the last one whole
         if self.stopped and step < self.num_steps:
-            tqdm.write(f"stopped after step {step} of {self.num_steps}: --resume continues; with "
-                       "--num-train-epochs 0, or --total-episodes 0, it saves the model as it is")
+            with blame(f"--output-dir {self.folder}"):
+                for name, model in self.models.items():
+                    save_model(model, self.tokenizer, self.file.with_name(name))
+            tqdm.write(f"stopped after step {step}: --resume continues; model so far: {self.file.parent}/")
             raise SystemExit(128 + self.stopped)
 
-    def finish(self, model, tokenizer):
+    def finish(self, model):
         """args.json, and folders that transformers, TRL and vLLM load; model/ last, the sign of the end."""
         record = {**asdict(self.args), "torch": torch.__version__, "transformers": transformers.__version__,
                   "device": str(model.device), "seconds": round(time.time() - self.began, 1)}
         with blame(f"--output-dir {self.folder}"):
-            for name, part in self.models.items():  # a critic under its name
-                save_model(part, tokenizer, self.folder / ("model.tmp" if part is model else name))
+            for name, part in self.models.items():
+                target = "model.tmp" if part is model else name  # a critic
+                save_model(part, self.tokenizer, self.folder / target)
             if ranks()[0] == 0:
                 (self.folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
                 os.replace(self.folder / "model.tmp", self.folder / "model")

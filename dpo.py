@@ -206,7 +206,7 @@ def main(args: Args) -> dict:
         return metrics, samples
 
     # 3. the loop. The order is a function of (seed, epoch), so that no random state has to be saved
-    first = run.start(num_steps, train + held_out, model=model, optimizer=optimizer)
+    first = run.start(num_steps, train + held_out, tokenizer, model=model, optimizer=optimizer)
     num_tokens, metrics = run.state.get("num_tokens", 0), {}
     bar = tqdm(range(first, num_steps), "dpo", initial=first, total=num_steps, unit="step", disable=None)
     for step in bar:
@@ -248,7 +248,7 @@ def main(args: Args) -> dict:
 
     # 4. evaluate, save, and show what has changed
     after, samples = report(max(first, num_steps))
-    run.finish(model, tokenizer)
+    run.finish(model)
     run.show_change(after, samples, "rewards/margins", "loss", "rewards/accuracies", "rewards/chosen")
     return {**metrics, **after}
 

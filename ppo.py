@@ -269,7 +269,7 @@ def main(args: Args) -> dict:
         file = Path(spec.rpartition(":")[0] or f"{spec}/config.json")  # which holds the reward model's mean
         if file.exists():
             inputs.append((file.read_bytes(), spec.partition(".py:")[2]))
-    first = run.start(num_updates, inputs, **models, optimizer=optimizer)
+    first = run.start(num_updates, inputs, tokenizer, **models, optimizer=optimizer)
     kl_coef = run.state.get("kl_coef", args.kl_coef)
     num_tokens, n, metrics = run.state.get("num_tokens", 0), len(prompts), {}
     bar = tqdm(range(first, num_updates), initial=first, total=num_updates, unit="update", disable=None)
@@ -355,7 +355,7 @@ def main(args: Args) -> dict:
 
     # 4. evaluate, save, and show what has changed
     after, samples = evaluate(max(first, num_updates))
-    run.finish(policy, tokenizer)
+    run.finish(policy)
     run.show_change(after, samples, "objective/scores", "objective/kl", "policy/entropy")
     return {**metrics, **after}
 

@@ -245,7 +245,7 @@ def main(args: Args) -> dict:
         return metrics, table
 
     # 3. the loop. The order is a function of (seed, epoch), so that no random state has to be saved
-    first = run.start(num_steps, train + held_out, model=model, optimizer=optimizer)
+    first = run.start(num_steps, train + held_out, tokenizer, model=model, optimizer=optimizer)
     num_tokens, metrics = run.state.get("num_tokens", 0), {}
     bar = tqdm(range(first, num_steps), "reward", initial=first, total=num_steps, unit="step", disable=None)
     for step in bar:
@@ -288,7 +288,7 @@ def main(args: Args) -> dict:
     after, table = report(max(first, num_steps))
     model.config.reward_mean = after["eval/mean_reward"]
     model.config.held_out_accuracy = after["eval/accuracy"]
-    run.finish(model, tokenizer)
+    run.finish(model)
     run.show_change(after, (), "margin", "loss", "accuracy", "grad_norm")
     print("reliability on held-out pairs\n     pairs  confidence  accuracy")
     for pairs, confidence, accuracy in table:

@@ -15,6 +15,7 @@ from conftest import ROOT
 from tiny_runs import (
     INERT, SAMPLERS, SCRIPTS, Killed, approx_rows, as_flags, at_step, checkpoint_of, files_in, first_of, interrupt,
     kill, launch, option, read, result, reward_specs, run_python, scripts, tiny_args, trained_rows, write)
+from transformers import AutoTokenizer
 
 
 LONG_RUN = {"epochs": 2, "eval_every": 2, "save_every": 2}  # 6 steps: 2 times 4, 4, 2 rows
@@ -102,6 +103,23 @@ def test_signal_in_the_last_step(script, tiny, go, whole, tmp_path):
     if interrupt(script, tiny(), 3, signal.SIGTERM):
         go("run", resume=True)
     assert result(tmp_path / "run") == result(whole())
+
+
+def test_a_signal_leaves_the_model_as_it_is(script, tiny, go, capsys, tmp_path):
+    """In a folder of state/ that can be loaded, with the weights of the checkpoint, until the run has ended."""
+    assert interrupt(script, tiny(), 2, signal.SIGTERM)
+    state = tmp_path / "run" / "state"
+    assert f"model so far: {state}" in capsys.readouterr().out
+    kinds = {"policy" if script.is_sampler and name == "model" else name: kind for name, kind in script.parts.items()}
+    assert {path.name for path in state.iterdir() if path.is_dir()} == kinds.keys()
+    for name, kind in kinds.items():
+        model = kind.from_pretrained(state / name)
+        AutoTokenizer.from_pretrained(state / name)
+        saved = checkpoint_of(tmp_path / "run")[name]
+        weights = dict(model.named_parameters())
+        assert weights.keys() == saved.keys() and all(torch.equal(weights[key], saved[key]) for key in saved)
+    go("run", resume=True)
+    assert not state.exists()
 
 
 def test_second_signal_ends_the_process(script, tiny):
