@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -261,7 +260,7 @@ def has_rows(model):
 
 def states(model, input_ids, needed):
     """Last hidden states of the tokens where `needed` (B, T) is True: (n, H)."""
-    if len(input_ids) == 0:  # a rank without rows: no state, of a model that has run all the same
+    if not len(input_ids):  # a rank without rows: no state, of a model that has run all the same
         return body_of(model)(input_ids=input_ids.new_zeros(1, 1), use_cache=False).last_hidden_state[0, :0]
     if not has_rows(model):
         return body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[needed]
@@ -495,7 +494,7 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
 
 # ==== II. Files =======================================================================================
 TEXTS = "prompt completion chosen rejected messages text".split()  # columns that the scripts read
-MEDIA = "image images video videos audio audios".split()  # and cannot read
+UNREAD = "image images video videos audio audios system parent_id".split()  # and do not
 WRITTEN_LIST = re.compile(r"\s*\[\s*{\s*.(role|from|content|value)\b")  # of messages, in a string
 
 def fail(message):
@@ -544,8 +543,7 @@ def ranks():
     return dist.get_rank(), dist.get_world_size()
 
 def shares(n, size):
-    """This rank's share of n rows, as slices of at most `size`. All have as many, of which some may be empty:
-    inside a sharded model ranks wait for each other."""
+    """This rank's share of n rows: slices of at most `size`, as many on each, since ranks of shards wait."""
     rank, world = ranks()
     count = world * max(-(-n // (size * world)), 1)
     cuts = [i * n // count for i in range(count + 1)]
@@ -569,15 +567,14 @@ def clip_gradients(model, max_norm):
     return full(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 def lighten(args, autocast, *models):
-    """Models, or None, with less memory: --lora-rank adapters on those that are trained, --shard, or else
-    linear layers that are not trained in the 16 bits in which they are multiplied anyway."""
+    """Give models, or None, adapters and shards, or else frozen layers the bits that products see anyway."""
     linear = torch.nn.Linear, transformers.pytorch_utils.Conv1D
-    for model in dict.fromkeys(models):
-        if model is not None and args.lora_rank and any(p.requires_grad for p in model.parameters()):
+    for model in filter(None, dict.fromkeys(models)):
+        if args.lora_rank and any(p.requires_grad for p in model.parameters()):
             add_adapters(model, args)
-        if model is not None and args.shard and ranks()[1] > 1:
+        if args.shard and ranks()[1] > 1:
             shard(model)
-        elif model is not None:
+        else:
             layers = [layer for layer in model.base_model.modules() if isinstance(layer, linear)]
             frozen = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
             with autocast():
@@ -661,10 +658,9 @@ def load_state(part, state):
         part.load_state_dict(trained, strict=False)
     else:
         parameters = [p for group in part.param_groups for p in group["params"]]
-        states = {}
         for i, values in state["state"].items():
-            states[i] = {name: like(x, parameters[i]) for name, x in values.items()}
-        part.load_state_dict({**state, "state": states})
+            values.update({name: like(x, parameters[i]) for name, x in values.items()})
+        part.load_state_dict(state)
 
 @torch.no_grad()
 def save_model(model, tokenizer, folder):
@@ -683,15 +679,14 @@ def save_model(model, tokenizer, folder):
         state = model.state_dict(keep_vars=True)
         names = {id(x): name for name, x in reversed(state.items())}  # tied weights once
         weights = whole({name: state[name].detach() for name in names.values()})
-    if ranks()[0] == 0:
+    if not ranks()[0]:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
 # ---- Rows of text to tokens: a row is a dict of columns, and "_where" its origin, file:line ----
 def read_rows(path, *layouts, split="train"):
-    """Rows of a .jsonl or .json file, or by the optional `datasets` package of a .parquet file or Hub id.
-    Each needs the columns of one of the layouts, such as "prompt completion"."""
+    """Rows with the columns of a layout such as "prompt completion", of a file, or by `datasets` a Hub id."""
     file, result = Path(path), []
     is_parquet = file.suffix == ".parquet"
     if is_parquet or path.count("/") == 1 and "json" not in file.suffix and not file.parent.exists():
@@ -716,8 +711,8 @@ def read_rows(path, *layouts, split="train"):
         for name, value in row.items():
             is_text = isinstance(value, str) and not WRITTEN_LIST.match(value)
             is_talk = isinstance(value, list) and all(isinstance(message, dict) for message in value)
-            if name in TEXTS and not (is_text or is_talk) or name in MEDIA and value:
-                fail(f"{where}: {name}: neither text nor messages with role and content: see data/convert.py")
+            if name in TEXTS and not (is_text or is_talk) or name in UNREAD and value:
+                fail(f"{where}: {name}: expected text or messages of role and content: see data/convert.py")
         result.append({**row, "_where": where})
     return result or fail(f"{path}: no rows")
 
@@ -745,27 +740,33 @@ def split_rows(dataset, eval_dataset, *layouts):
 def renderer(tokenizer, row, messages, eos_ids=()):
     """The chat template with the row's tools, messages -> text. Refused: what it would leave out."""
     ends = [tokenizer.eos_token or "\0", *tokenizer.convert_ids_to_tokens(eos_ids)]
-    render = partial(tokenizer.apply_chat_template, tools=row.get("tools") or None, tokenize=False,
-                     date_string="26 Jul 2024")  # Llama 3's own, in place of today's date
     with blame(f"{row['_where']}: expected messages with role and content that the chat template renders"):
+        tools = row.get("tools") or None
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # in place of today's date
+        template += tokenizer.get_chat_template(tools=tools)
+        render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False, chat_template=template,
+                         **(row.get("chat_template_kwargs") or {}))
         marked = []
         for i, message in enumerate(messages):
             if isinstance(message["content"], list):  # of parts
                 message["content"] = "".join(part["text"] for part in message["content"]) or None
+            if message.get("tool_calls"):
+                message["content"] = message.get("content") or ""
             for end in ends:
-                if end in message["role"] + message["content"]:
+                if end in message["role"] + message["content"] and "_sampled" not in row:
                     raise ValueError(f"message {i + 1} holds {end}, which would end it")
             marked.append({**message, "content": message["content"] + f"<message {i}>"})
         text = render(marked)
+        beside = {"tool_calls", "function_call", "reasoning_content", "thinking", "weight"}
         for i, message in enumerate(messages):
-            if f"<message {i}>" not in text:
+            if f"<message {i}>" not in text and not message.get("tool_calls"):
                 raise ValueError(f"message {i + 1}, of role {message['role']}, is left out")
-            for name in {"tool_calls", "reasoning_content", "thinking"} & message.keys():
+            for name in beside & message.keys():
                 without = list(marked)
                 without[i] = {**marked[i], name: None}
-                if message[name] and render(without) == text:
+                if message[name] not in (None, "", []) and render(without) == text:
                     raise ValueError(f"{name} of message {i + 1} is left out")
-        if row.get("tools") and text == render(marked, tools=None):
+        if tools and text == render(marked, tools=None):
             raise ValueError("the tools are left out")
     return render
 
@@ -780,6 +781,8 @@ def segments_of(tokenizer, row, eos_ids, completion):
         return [(part, k == len(parts) - 1, False) for k, part in enumerate(parts)]
     if types != {list}:
         fail(f"{where}: {' and '.join(names)} must be text, or lists of messages with role and content")
+    if names[0] == "prompt" and parts[1][:1] == parts[0][:1]:
+        fail(f"{where}: {names[1]} repeats the prompt")
     messages = sum(parts, [])
     render = renderer(tokenizer, row, messages, eos_ids)
     segments, done = [], ""
@@ -790,10 +793,16 @@ def segments_of(tokenizer, row, eos_ids, completion):
         with blame(f"{where}: the chat template refuses message {i + 1}"):
             before = render(messages[:i], add_generation_prompt=True)
             after = render(messages[: i + 1])
-        if not (before.startswith(done) and after.startswith(before)):
+        if "_sampled" in row:  # is scored, whatever it is
+            before = os.path.commonprefix([before, after])
+        elif not (before.startswith(done) and after.startswith(before)):
             fail(f"{where}: the chat template rewrites the turns before {i + 1}: give them as prompt")
+        turn = after[len(before) :]
+        left_out = [word for word in messages[i]["content"].split() if word not in turn]
+        if left_out and "_sampled" not in row:
+            fail(f"{where}: the chat template leaves out {left_out[0]!r} of message {i + 1}")
         segments.append((before[len(done) :], False, True))
-        segments.append((after[len(before) :], True, True))
+        segments.append((turn, True, True))
         done = after
     return segments or fail(f"{where}: no assistant message to train on")
 
@@ -807,11 +816,11 @@ def words_of(tokenizer):
     return bare, lambda ids: ids if ids[: len(bos)] == bos else bos + ids
 
 def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
-    """Each row as (ids, trained), lists of one length that end with one EOS, untrained if the row was cut;
-    None if its prompt fills max_length. Its segments are tokenized apart, behind a newline that is cut off
-    again, as some tokenizers put a space before a text."""
+    """Each row as (ids, trained), lists of one length that end with one EOS, untrained if the row was cut; or
+    None if its prompt fills max_length. Segments are tokenized apart, behind a newline that is cut off."""
     bare, begin = words_of(tokenizer)
     newline = bare("\n")
+    specials = set(tokenizer.get_added_vocab().values())
     rows_shown = tqdm(rows, "rows", delay=3, disable=None)
     segments = [segments_of(tokenizer, row, eos_ids, completion) for row in rows_shown]
     texts = []
@@ -831,6 +840,8 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
             is_last = k == len(parts) - 1
             if k == 0 and not chat:
                 piece = begin(piece)
+            elif k > 0 and ids and ids[-1] in specials:  # some tokenizers put a space behind these
+                piece = bare(tokenizer.convert_ids_to_tokens(ids[-1]) + text)[1:]
             elif k > 0 and piece[: len(newline)] == newline:
                 piece = piece[len(newline) :]
             elif k > 0:  # it merged with the text and cannot be cut off
@@ -868,8 +879,7 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     return result
 
 def make_comparison(row):
-    """Give a row completions and ranking, 1 the best and equal ones a tie, in place of chosen and rejected,
-    and mu, and the prompt that all completions share: messages, or text up to "Assistant:"."""
+    """Give a row completions, ranking (1 the best, equal ones tie), mu, and the prompt that all share."""
     where, prompt = row["_where"], row.get("prompt")
     if "completions" not in row:
         row.update(completions=[row["chosen"], row["rejected"]], ranking=[1, 2])
@@ -897,7 +907,7 @@ def make_comparison(row):
         if not found or prompt and json.dumps(prompt)[1:-1] not in json.dumps(found, default=str):
             fail(f"{where}: no prompt column, nor a shared beginning: see data/convert.py")
         prompt = found
-    elif isinstance(prompt, str) and re.fullmatch(r"\s*\w{1,12}\W*", prompt):  # one word may begin all
+    elif isinstance(prompt, str) and re.fullmatch(r"(?a)\s*\w{1,12}\W*", prompt):  # one word may begin all
         return
     n = len(prompt)
     repeated = [answer[:n] == prompt for answer in answers]
@@ -907,8 +917,7 @@ def make_comparison(row):
         fail(f"{where}: the answers begin with a user's turn, but do not repeat the prompt")
 
 def load_comparisons(tokenizer, rows, eos_ids, max_length):
-    """Rows to comparisons (completions, ranking, mu, p_chosen or None): K completions, best first, each (ids,
-    trained) with its prompt. Left out: those of which one does not fit, and pairs of the same tokens."""
+    """Rows to [(K completions, best first, each (ids, trained) with its prompt; ranking, mu, p_chosen)]."""
     flat = []
     for row in rows:
         make_comparison(row)
@@ -921,7 +930,8 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
         if None not in completions and (len(completions) > 2 or completions[0] != completions[1]):
             best_first = sorted(range(len(ranking)), key=lambda i: ranking[i])
             completions = [completions[i] for i in best_first]
-            comparisons.append((completions, sorted(ranking), row["mu"], row.get("p_chosen")))
+            mu = row["mu"] if len(set(ranking)) > 1 else 0.5  # all tie
+            comparisons.append((completions, sorted(ranking), mu, row.get("p_chosen")))
     if not comparisons:
         fail(f"{rows[0]['_where']}: no pair fits in which chosen and rejected differ")
     if num_dropped := len(rows) - len(comparisons):
@@ -949,8 +959,7 @@ def load_prompts(tokenizer, rows, max_prompt_length):
 
 # ---- Models and rewards ----
 def device_of(args):
-    """(device, autocast) of --device and --dtype: auto is CUDA if there is one, and bf16 products there. What
-    torchrun has started joins the others; only rank 0 prints and saves."""
+    """(device, autocast) of --device and --dtype. What torchrun has started joins in; only rank 0 prints."""
     sys.excepthook = on_error
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -1032,11 +1041,9 @@ def use_rows(model):
     def attention(module, query, key, value, mask, rows=None, **options):
         if rows is None:
             return sdpa(module, query, key, value, mask, **options)
-        for name in ("softcap", "s_aux", "position_bias"):
-            if options.get(name) is not None:
+        for name in ("softcap", "s_aux", "position_bias", "dropout"):
+            if options.get(name) not in (None, 0.0):  # of a tensor this errs as well
                 raise NotImplementedError(name)
-        if options["dropout"]:
-            raise NotImplementedError("dropout")
         window = options.get("sliding_window") or 0
         qkv = _autocast(query, key, value)  # some rotary embeddings are fp32
         output = rows.attend(module.layer_idx, *qkv, options["scaling"], window)
@@ -1048,8 +1055,7 @@ def use_rows(model):
 
 @torch.no_grad()
 def check_model(model, rows, name="--model", lengths="--max-length"):
-    """Refuse a model with too few positions or embeddings for these rows, or one sampled or scored wrongly:
-    tried on a few rows, without padding, and if that fails with it."""
+    """Refuse a model too small for these rows, or sampled or scored wrongly, without padding and with it."""
     longest, largest = max(rows, key=len), max(map(max, rows))
     positions = getattr(model.config, "max_position_embeddings", None) or 0
     if 0 < positions < len(longest):
@@ -1106,9 +1112,9 @@ def self_test(model, rows):
     return torch.cat(gaps).abs().max().item()
 
 def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
-    """(score, reward model or None): score(rows, prompts, responses) -> (B,), of data rows and token ids."""
+    """(score, reward model or None, read): of rows, prompts and responses the scores (B,); what is scored."""
     if spec.rpartition(":")[0].endswith(".py"):
-        return reward_function(spec, tokenizer, device), None
+        return reward_function(spec, tokenizer, device), None, None
     model, own_tokenizer, own_ids = load_model(
         spec, args, device, "--reward", AutoModelForSequenceClassification)
     if model.config.num_labels != 1 or not hasattr(model, "score"):
@@ -1117,22 +1123,26 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
     if not same_start or tokenizer.get_vocab().items() - own_tokenizer.get_vocab().items():
         fail(f"--reward {spec}: its tokenizer is not the policy's: train it by reward_model.py from --model")
     model.eval().requires_grad_(False)
-    def score(rows, prompts, responses):
-        texts = []  # to be read as in training: rendered by its own template, up to its own EOS
+    def read(rows, prompts, responses):
+        texts = []  # as in training: rendered by its own template, up to its own EOS
         for row, prompt, response in zip(rows, prompts, responses):
             body = response[:-1] if response[-1] in eos_ids else response
             text = [*prompt, *body, own_ids[0]]
             if isinstance(row.get("prompt"), list):
                 answer = tokenizer.decode(body, skip_special_tokens=True)
-                answer = answer.replace(own_tokenizer.eos_token or "\0", "") or " "  # some leave out ""
-                turn = {"role": "assistant", "content": answer}
-                ((text, _),) = encode(own_tokenizer, [{**row, "completion": [turn]}], own_ids, 1 << 30)
+                turn = {"role": "assistant", "content": answer.rstrip()}  # a template may end it by a newline
+                chat = {**row, "completion": [turn], "_sampled": True}
+                (encoded,) = encode(own_tokenizer, [chat], own_ids, 1 << 30)
+                text, _ = encoded
             texts.append(text)
+        return texts
+    def score(rows, prompts, responses):
+        texts = read(rows, prompts, responses)
         scores = read_scores(model, texts, args.micro_batch_size, autocast)
         if not scores.isfinite().all():
             fail(f"--reward {spec}: a score that is not finite")
         return scores - getattr(model.config, "reward_mean", 0.0)
-    return score, model
+    return score, model, read
 
 @torch.no_grad()
 def read_scores(model, rows, size, autocast):
@@ -1194,7 +1204,7 @@ def sample_all(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0)
     for name in ("input_ids", "mask", "logprobs"):
         rows = []
         for part in parts:
-            if part is not None:
+            if part:
                 rows.extend(part[name])
         merged[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return merged
@@ -1223,7 +1233,10 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
 def reward_function(spec, tokenizer, device):
     """score() of file.py:function, which is called as TRL does, with texts or messages; NaN for its None."""
     file, _, name = spec.rpartition(":")
-    source = importlib.util.spec_from_file_location(spec.replace(".", "_"), file)  # a module name of its own
+    own_name = Path(file).stem.replace(".", "_")  # by which workers that are no forks import it
+    if importlib.util.find_spec(own_name):  # another module has it
+        own_name = spec.replace(".", "_")
+    source = importlib.util.spec_from_file_location(own_name, file)
     module = sys.modules[source.name] = importlib.util.module_from_spec(source)
     sys.path.append(str(Path(file).resolve().parent))  # for what it imports
     with blame(f"--reward {spec}", file):
@@ -1234,11 +1247,11 @@ def reward_function(spec, tokenizer, device):
         completions = tokenizer.batch_decode(responses, skip_special_tokens=True)
         for i, row in enumerate(rows):
             if isinstance(row["prompt"], list):
-                completions[i] = [{"role": "assistant", "content": completions[i]}]
+                completions[i] = [{"role": "assistant", "content": completions[i].rstrip()}]
         columns = {}
         for name in sorted(rows[0].keys() - {"prompt", "completion", "_where"}):
             columns[name] = [row[name] for row in rows]
-        given = {"prompts": [row["prompt"] for row in rows], "completions": completions, **columns}
+        given = columns | {"prompts": [row["prompt"] for row in rows], "completions": completions}
         if ranks()[0]:  # it may be slow, or random: rank 0 asks it
             return over_ranks(torch.zeros(len(rows), device=device))
         with blame(f"--reward {spec}, given columns {list(columns)}", file):
@@ -1276,13 +1289,8 @@ def make_first(path, default, script):
         if not file.exists():
             fail(f"{path} does not exist, nor {script}, which makes it: pass a folder or a Hub id")
         print(f"{path} does not exist yet: running {script}, which makes it")
-        code = torch.zeros(1)
-        if ranks()[0] == 0:
-            alone = dict(os.environ)
-            alone.pop("LOCAL_RANK", None)
-            code += subprocess.run([sys.executable, file], env=alone).returncode
-        if over_ranks(code):
-            raise SystemExit(int(code))
+        module = importlib.import_module(file.stem)
+        module.main(module.Args())
 
 def learning_rate(args, step, num_steps):
     """Of this step, counted from 0: linear warm-up, in a fifth of the run at most, then linear decay to 0."""
@@ -1352,10 +1360,8 @@ class Run:
         ours = lambda file: file.name in self.LOGS and not file.stat().st_size or file.match("events.out*")
         is_used = not args.resume and not all(map(ours, self.folder.glob("*")))  # it may have empty logs
         is_finished = (self.folder / "model").exists()
-        if is_finished and args.resume and ranks()[0] == 0:
-            shutil.rmtree(self.file.parent, ignore_errors=True)  # if it was killed when all else was done
         if is_used or is_finished:
-            what = "a finished run" if is_finished else "an interrupted run (see --resume) or other files"
+            what = "a finished run" if is_finished else "other files, or an interrupted run (--resume)"
             fail(f"--output-dir {self.folder} holds {what}: remove it, or choose another folder")
         if args.resume:
             with blame(f"--resume: cannot read {self.file}"):
@@ -1412,14 +1418,14 @@ class Run:
         if hasattr(os, "register_at_fork"):  # the workers of a reward function end when they are told to
             block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, both)  # else a signal may be lost
             free = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, both)
-            for number in both:
-                os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
+            for number, action in zip(both, (signal.SIG_IGN, signal.SIG_DFL)):  # Ctrl-C is for the run alone
+                os.register_at_fork(after_in_child=partial(signal.signal, number, action))
             os.register_at_fork(before=block, after_in_parent=free, after_in_child=free)
 
     def stop(self, number, frame):
         self.stopped = number  # after this step; a second signal ends the run at once
         if ranks()[1] == 1:  # torchrun sends several, and ends us itself after 30 s
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self.handlers[number])
 
     def check(self, step, name, value):
         flags = "--learning-rate"
@@ -1434,11 +1440,12 @@ class Run:
             self.check(step, name, value)
             if self.writer:
                 self.writer.add_scalar(name, value, step)
-        for file, rows in zip(self.logs, ([metrics], samples)):
-            for row in rows:
-                line = json.dumps({"step": step, **row})
-                file.write(line + "\n")
-            file.flush()
+        with blame(f"--output-dir {self.folder}"):
+            for file, rows in zip(self.logs, ([metrics], samples)):
+                for row in rows:
+                    line = json.dumps({"step": step, **row})
+                    file.write(line + "\n")
+                file.flush()
 
     def checkpoint(self, step, **numbers):
         """What --resume needs: every --save-every steps, at the end, after a signal, which ends the run."""
@@ -1446,7 +1453,8 @@ class Run:
             norm = full(torch.nn.utils.get_total_norm(model.parameters()))
             self.check(step, f"the norm of the weights of {name}", norm.item())
         is_due = self.args.save_every and step % self.args.save_every == 0
-        self.stopped = int(over_ranks(torch.tensor(self.stopped), "MAX"))  # all ranks, or none
+        stopped = over_ranks(torch.tensor(self.stopped), "MAX")  # all ranks, or none
+        self.stopped = stopped.item()
         if is_due or self.stopped or step == self.num_steps:
             state = {"step": step, "inputs": self.inputs, "args": asdict(self.args), **numbers}
             for name, part in self.parts.items():
@@ -1473,7 +1481,7 @@ class Run:
             for name, part in self.models.items():
                 target = "model.tmp" if part is model else name  # a critic
                 save_model(part, self.tokenizer, self.folder / target)
-            if ranks()[0] == 0:
+            if not ranks()[0]:
                 (self.folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
                 os.replace(self.folder / "model.tmp", self.folder / "model")
                 shutil.rmtree(self.file.parent, ignore_errors=True)

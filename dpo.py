@@ -183,6 +183,9 @@ def main(args: Args) -> dict:
     model, tokenizer, eos_ids = load_model(args.model, args, device)
     train = load_comparisons(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_comparisons(tokenizer, held_out_rows, eos_ids, args.max_length)
+    for row in train_rows + held_out_rows:
+        if max(map(row["ranking"].count, row["ranking"])) > 10:
+            fail(f"{row['_where']}: 11 or more in a tie: all their subsets would be summed")
     is_ranking = [len(ranking) > 2 for _, ranking, *_ in train + held_out]
     if any(is_ranking) and (args.loss_type == "ipo" or args.label_smoothing):
         fail(f"{args.dataset}: --loss-type ipo and --label-smoothing are for pairs, and these are rankings")

@@ -176,7 +176,8 @@ def episode_metrics(episodes, specs):
                "completions/eos_rate": mean["finished"].item()}
     for spec, x in zip(specs, mean["scores"].tolist()):
         if len(specs) > 1 and not math.isnan(x):
-            metrics["rewards/" + "/".join(Path(spec).parts[-2:])] = x
+            name = "rewards/" + "/".join(Path(spec).parts[-2:])
+            metrics[f"rewards/{spec}" if name in metrics else name] = x
     return metrics
 
 
@@ -236,19 +237,21 @@ def main(args: Args) -> dict:
     train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset, "prompt")
     policy, tokenizer, eos_ids = load_model(args.model, args, device)
     rewards = [load_reward(spec, tokenizer, eos_ids, args, device, autocast) for spec in args.reward]
-    score = lambda *texts: torch.stack([own(*texts) for own, _ in rewards], dim=1)  # (B, number of rewards)
+    score = lambda *texts: torch.stack([own(*texts) for own, *_ in rewards], dim=1)  # (B, number of rewards)
     prompts = load_prompts(tokenizer, train_rows, args.max_prompt_length)
     held_out = load_prompts(tokenizer, held_out_rows, args.max_prompt_length)
     ids = [ids for _, ids in prompts + held_out]
     longest = max(ids, key=len) + eos_ids[:1] * args.max_new_tokens
-    reward_models = [(f"--reward {spec}", model) for spec, (_, model) in zip(args.reward, rewards)]
-    for name, model in [("--model", policy), *reward_models]:
+    check_model(policy, [longest, *ids], lengths="--max-prompt-length, --max-new-tokens")
+    for spec, (_, model, read) in zip(args.reward, rewards):
         if model is not None:
-            check_model(model, [longest, *ids], name, "--max-prompt-length, --max-new-tokens")
+            texts = read(*zip(*prompts, *held_out), [eos_ids[:1]] * len(ids))  # of empty responses
+            longest = max(texts, key=len) + texts[0][-1:] * args.max_new_tokens
+            check_model(model, [longest, *texts], f"--reward {spec}", "--max-prompt-length, --max-new-tokens")
     reference = policy  # without its adapters
     if not args.lora_rank:
         reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    lighten(args, autocast, policy, reference, *(model for _, model in rewards))
+    lighten(args, autocast, policy, reference, *(model for _, model, _ in rewards))
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     print(f"{len(prompts)} prompts, {len(held_out)} held out, "
           f"{num_updates} updates, {policy.num_parameters():,} parameters on {device}")
@@ -272,6 +275,7 @@ def main(args: Args) -> dict:
 
     # 3. the loop. Order and noise are functions of (seed, update), so that no random state has to be saved
     inputs = [({**row, "_where": ""}, ids) for row, ids in prompts + held_out]
+    inputs += [getattr(model, "first_weights", "") for _, model, _ in rewards]
     for spec in args.reward:
         file = Path(spec.rpartition(":")[0] or f"{spec}/config.json")  # which holds the reward model's mean
         if file.exists():

@@ -156,7 +156,7 @@ def adapted_kl_coef(kl_coef, kl, target_kl, episodes, kl_horizon):
     Args: kl, the mean over an update's n episodes, in nats per response, as is target_kl.
     """
     error = min(max(kl / target_kl - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * episodes / kl_horizon)
+    return kl_coef * (1 + error * min(episodes / kl_horizon, 1))
 
 
 # ---- Rollouts ----
@@ -172,7 +172,8 @@ def episode_metrics(episodes, specs, kl_coef):
                "completions/eos_rate": mean["finished"].item()}
     for spec, x in zip(specs, mean["scores"].tolist()):
         if len(specs) > 1 and not math.isnan(x):
-            metrics["rewards/" + "/".join(Path(spec).parts[-2:])] = x
+            name = "rewards/" + "/".join(Path(spec).parts[-2:])
+            metrics[f"rewards/{spec}" if name in metrics else name] = x
     return metrics
 
 
@@ -224,22 +225,24 @@ def main(args: Args) -> dict:
     train_rows, held_out_rows = split_rows(args.dataset, args.eval_dataset, "prompt")
     policy, tokenizer, eos_ids = load_model(args.model, args, device)
     rewards = [load_reward(spec, tokenizer, eos_ids, args, device, autocast) for spec in args.reward]
-    score = lambda *texts: torch.stack([own(*texts) for own, _ in rewards], dim=1)  # (B, number of rewards)
+    score = lambda *texts: torch.stack([own(*texts) for own, *_ in rewards], dim=1)  # (B, number of rewards)
     prompts = load_prompts(tokenizer, train_rows, args.max_prompt_length)
     held_out = load_prompts(tokenizer, held_out_rows, args.max_prompt_length)
     ids = [ids for _, ids in prompts + held_out]
     longest = max(ids, key=len) + eos_ids[:1] * args.max_new_tokens
-    reward_models = [(f"--reward {spec}", model) for spec, (_, model) in zip(args.reward, rewards)]
-    for name, model in [("--model", policy), *reward_models]:
+    check_model(policy, [longest, *ids], lengths="--max-prompt-length, --max-new-tokens")
+    for spec, (_, model, read) in zip(args.reward, rewards):
         if model is not None:
-            check_model(model, [longest, *ids], name, "--max-prompt-length, --max-new-tokens")
+            texts = read(*zip(*prompts, *held_out), [eos_ids[:1]] * len(ids))  # of empty responses
+            longest = max(texts, key=len) + texts[0][-1:] * args.max_new_tokens
+            check_model(model, [longest, *texts], f"--reward {spec}", "--max-prompt-length, --max-new-tokens")
     reference = policy  # without its adapters
     if not args.lora_rank:
         reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    reward_model = rewards[0][1]
+    reward_model = next((model for _, model, _ in rewards if model is not None), None)
     critic = load_critic(args, policy, reward_model, device)
     models = {"policy": policy, "critic": critic} if critic else {"policy": policy}
-    lighten(args, autocast, policy, reference, critic, *(model for _, model in rewards))
+    lighten(args, autocast, policy, reference, critic, *(model for _, model, _ in rewards))
     peaks = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
     groups = [{"params": list(model.parameters()), "peak": peaks[name]} for name, model in models.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -265,6 +268,7 @@ def main(args: Args) -> dict:
 
     # 3. the loop. Order and noise are functions of (seed, update), so that no random state has to be saved
     inputs = [({**row, "_where": ""}, ids) for row, ids in prompts + held_out]
+    inputs += [getattr(model, "first_weights", "") for _, model, _ in rewards]
     for spec in args.reward:
         file = Path(spec.rpartition(":")[0] or f"{spec}/config.json")  # which holds the reward model's mean
         if file.exists():

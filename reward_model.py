@@ -158,8 +158,7 @@ def forward(model, comparisons, args, autocast):
         losses = list(losses)
         for k, (completions, ranking, *_) in enumerate(comparisons):
             if len(completions) > 2:
-                with blame("--loss-type plackett_luce"):
-                    losses[k] = plackett_luce_loss(rewards_of[k], ranking)
+                losses[k] = plackett_luce_loss(rewards_of[k], ranking)
         losses = torch.stack(losses)
     chosen, rejected = rewards.detach()[first], rewards.detach()[second]
     margins = (chosen - rejected).round(decimals=5)  # rounding noise is a tie
@@ -185,8 +184,12 @@ def evaluate(model, tokenizer, comparisons, args, autocast):
     table, metrics["eval/ece"] = calibration(torch.cat(margins).cpu(), torch.cat(mu).cpu())
     metrics["eval/accuracy_low"], metrics["eval/accuracy_high"] = wilson(metrics["eval/accuracy"], n)
     chances = [p_chosen for *_, p_chosen in comparisons]
-    if None not in chances:  # the best accuracy on labels drawn with these chances
-        metrics["eval/accuracy_ceiling"] = sum(max(p, 1 - p) for p in chances) / n
+    if None in chances:  # not known: then the votes themselves
+        sizes = [len(ranking) for _, ranking, *_ in comparisons]
+        num_pairs = [K * (K - 1) // 2 for K in sizes]
+        best = torch.cat(mu).cpu().sub(0.5).abs() + 0.5
+        chances = [own.mean().item() for own in best.split(num_pairs)]
+    metrics["eval/accuracy_ceiling"] = sum(max(p, 1 - p) for p in chances) / n  # the best accuracy there is
     samples = []
     rewards = iter(torch.cat(rewards).tolist())  # in the order of the completions
     for k, (completions, ranking, *_) in enumerate(comparisons[: args.eval_samples]):
@@ -230,6 +233,11 @@ def main(args: Args) -> dict:
     model, tokenizer, eos_ids = load_reward_model(args.model, args, device)
     train = load_comparisons(tokenizer, train_rows, eos_ids, args.max_length)
     held_out = load_comparisons(tokenizer, held_out_rows, eos_ids, args.max_length)
+    for row in train_rows + held_out_rows:
+        ranking = row["ranking"]
+        largest_tie = max(map(ranking.count, ranking))
+        if args.loss_type == "plackett_luce" and largest_tie > 10:
+            fail(f"{row['_where']}: --loss-type plackett_luce: 11 or more in a tie, whose subsets it sums")
     check_model(model, [ids for completions, *_ in train + held_out for ids, _ in completions])
     lighten(args, autocast, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -294,7 +302,7 @@ def main(args: Args) -> dict:
     for pairs, confidence, accuracy in table:
         print(f"{pairs:10}  {confidence:10.3f}  {accuracy:8.3f}")
     accuracy, low, high = (after[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
-    ceiling = after.get("eval/accuracy_ceiling", 1.0)  # unless the labels' noise is known
+    ceiling = after["eval/accuracy_ceiling"]
     print(f"held-out accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}, 95 %), {accuracy / ceiling:.3f} of "
           f"the ceiling {ceiling:.3f}")
     return {**metrics, **after}

@@ -269,7 +269,7 @@ def load(folder: str, seed: int):
 
 def load_score(spec: str, tokenizer, eos_ids: list[int], seed: int):
     """score(rows, prompts, responses) of a reward."""
-    score, model = load_reward(spec, tokenizer, eos_ids, options(seed), CPU, contextlib.nullcontext)
+    score, model, _ = load_reward(spec, tokenizer, eos_ids, options(seed), CPU, contextlib.nullcontext)
     if model is not None:
         use_rows(model)
     return score

@@ -229,7 +229,7 @@ def draw(model, tokenizer, eos_ids, number: int, seed: int) -> tuple[list[dict],
 
 def scores(spec: str, tokenizer, eos_ids, rows, prompts, responses) -> torch.Tensor:
     """The rewards of responses, (held-out prompts, responses to each), in float64."""
-    score, _ = load_reward(spec, tokenizer, eos_ids, OPTIONS, CPU, contextlib.nullcontext)
+    score, *_ = load_reward(spec, tokenizer, eos_ids, OPTIONS, CPU, contextlib.nullcontext)
     values = score(rows, prompts, responses).double()
     return values.view(len(read_rows("data/prompts_test.jsonl")), -1)
 

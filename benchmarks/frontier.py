@@ -139,7 +139,7 @@ def main(args: Args) -> dict:
     ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
     rewards = {}
     for spec in args.rewards:
-        rewards[spec], _ = load_reward(spec, tokenizer, eos_ids, options, device, contextlib.nullcontext)
+        rewards[spec], *_ = load_reward(spec, tokenizer, eos_ids, options, device, contextlib.nullcontext)
 
     def draw(model, number, seed):
         """({spec: rewards (prompts, number)}, batch), prompt-major."""

@@ -274,7 +274,7 @@ def load(args: Args, folder: str) -> SimpleNamespace:
 def reward_of(policy, spec: str):
     """score(rows, prompts, responses) of a reward model's folder, or of file.py:function."""
     device = policy.model.device
-    score, _ = load_reward(spec, policy.tokenizer, policy.eos_ids, policy.options, device, policy.autocast)
+    score, *_ = load_reward(spec, policy.tokenizer, policy.eos_ids, policy.options, device, policy.autocast)
     return score
 
 

@@ -778,7 +778,7 @@ def test_reference_and_reward_model_never_change(tiny, folders, kind, watch):
     args = tiny((str(folders / f"{kind}-reward"),), total_episodes=36, learning_rate=5e-3)
     grpo.main(args)
     (policy, reference, *_), (batch, episodes) = rollouts[-2]
-    ((_, (_, reward_model)),) = rewards
+    ((_, (_, reward_model, _)),) = rewards
     groups = [{x.data_ptr() for x in part.state_dict().values()} for part in (policy, reference, reward_model)]
     assert sum(map(len, groups)) == len(set().union(*groups))
     fresh = transformers.AutoModelForCausalLM.from_pretrained(args.model)
@@ -884,7 +884,7 @@ class NoFolder:
     def __init__(self, args):
         pass
 
-    def start(self, num_steps, num_rows, **parts):
+    def start(self, num_steps, num_rows, tokenizer, **parts):
         return 0
 
     def log(self, step, metrics, samples=()):
@@ -915,7 +915,7 @@ def canned(double, tiny, monkeypatch):
             return evaluation if seed == args.seed else updates.pop(0)
 
         monkeypatch.setattr(grpo, "load_model", lambda *_: (case.policy.train(), tokenizer, [2]))
-        monkeypatch.setattr(grpo, "load_reward", lambda *_: (None, None))
+        monkeypatch.setattr(grpo, "load_reward", lambda *_: (None, None, None))
         monkeypatch.setattr(grpo, "load_prompts", lambda *_: prompts)
         monkeypatch.setattr(grpo, "copy", SimpleNamespace(deepcopy=lambda _: torch.nn.Identity()))  # never used
         monkeypatch.setattr(grpo, "lighten", lambda *_: None)
@@ -1182,7 +1182,7 @@ def test_pass_rates_by_hand(tiny, monkeypatch, prompts, samples, n, first, want)
 
     held_out = [({"number": i}, [20 + i]) for i in range(prompts)]
     monkeypatch.setattr(grpo, "load_prompts", lambda *_: held_out)
-    monkeypatch.setattr(grpo, "load_reward", lambda *_: (None, None))
+    monkeypatch.setattr(grpo, "load_reward", lambda *_: (None, None, None))
     monkeypatch.setattr(grpo, "rollout", rollout)
     monkeypatch.setattr(grpo, "Run", Logged)
     with pytest.raises(FirstLog) as caught:

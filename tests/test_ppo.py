@@ -441,7 +441,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(model):
 def load(args):
     """(reward function, reward model, critic, the reward model as transformers loads it)"""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    reward, model = ppo.load_reward(args.reward[0], tokenizer, [2, 7], args, CPU, contextlib.nullcontext)
+    reward, model, _ = ppo.load_reward(args.reward[0], tokenizer, [2, 7], args, CPU, contextlib.nullcontext)
     own = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward[0]).eval()
     own = own.to(next(model.parameters()).dtype)
     policy = ppo.load_model(args.model, args, CPU)[0]
@@ -707,7 +707,7 @@ def test_reference_and_reward_model_never_change(tiny, watch):
     args = tiny(total_episodes=24, learning_rate=5e-3)
     metrics = ppo.main(args)
     (policy, reference, *_), _ = rollouts[-1]
-    ((_, (_, reward_model)),), ((_, critic),) = rewards, critics
+    ((_, (_, reward_model, _)),), ((_, critic),) = rewards, critics
     groups = [{x.data_ptr() for x in part.state_dict().values()}
               for part in (policy, reference, reward_model, critic)]  # fmt: skip
     assert sum(map(len, groups)) == len(set().union(*groups))

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import statistics
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -575,7 +576,7 @@ def test_ppo_gets_rewards_and_a_critic_of_mean_0(finished):
     """On token ids, in ragged micro-batches, and the critic's value at the last token is the reward."""
     _, tokenizer = load(finished)
     args = ppo.Args(reward=str(finished.run / "model"), micro_batch_size=3, device="cpu")
-    score, model = load_reward(args.reward, tokenizer, [EOS], args, CPU, nullcontext)
+    score, model, _ = load_reward(args.reward, tokenizer, [EOS], args, CPU, nullcontext)
     rows = [{"prompt": prompt, "_where": ""} for prompt, _ in finished.held_out]
     prompts = [ids for _, ids in load_prompts(tokenizer, rows, 512)]
     responses = [tokenizer(text, add_special_tokens=False)["input_ids"] + [EOS] for _, text in finished.held_out]
@@ -775,7 +776,7 @@ def test_pairs_rankings_ties_and_votes(tokenizer):
     comparisons = comparisons_of(tokenizer, rows)
     rankings = [[1, 2], [1, 2], [1, 2], [1, 2, 3], [1, 1, 2], [1, 1, 1], [1, 2], [1, 1]]
     assert [ranking for _, ranking, *_ in comparisons] == rankings
-    assert [mu for _, _, mu, _ in comparisons] == [1.0, 0.3, 0.5, *[1.0] * 5]
+    assert [mu for _, _, mu, _ in comparisons] == [1.0, 0.3, 0.5, 1.0, 1.0, 0.5, 1.0, 0.5]  # all tie: 0.5
     assert [p for *_, p in comparisons] == [None, 0.4, *[None] * 6]
     words = ["hello there", "hello there", "hello there", "there help hello", "hello help there", "hello there help",
              "there hello", "hello there"]  # best first
@@ -941,11 +942,18 @@ def test_evaluation(scorer, micro):
     assert [row["text"] for row in samples] == [decode(ids, True) for rows, *_ in comparisons[:3] for ids in rows]
 
 
-def test_no_ceiling_where_the_noise_is_unknown(scorer):
+def test_the_ceiling_is_that_of_the_votes_where_the_noise_is_unknown(scorer):
+    """Of soft labels nobody agrees with more than max(mu, 1 - mu), and of a tie with half; a mean over pairs, then over
+    comparisons."""
     comparisons = [(*comparison[:3], None if k == 2 else 0.9) for k, comparison in enumerate(loaded(make_comparisons()))]
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
     metrics, *_ = reward_model.evaluate(scorer, tokenizer, comparisons, ARGS, nullcontext)
-    assert "eval/accuracy_ceiling" not in metrics
+    bests = []
+    for _, ranking, mu, _ in comparisons:
+        pairs = list(itertools.combinations(ranking, 2))
+        votes = [0.5 if first == second else mu for first, second in pairs]
+        bests.append(statistics.fmean(max(vote, 1 - vote) for vote in votes))
+    assert min(bests) < 1 and metrics["eval/accuracy_ceiling"] == pytest.approx(statistics.fmean(bests))
 
 
 # ---- Whole runs ----

@@ -664,8 +664,8 @@ def interrupted(prompts, completions, **columns):
     if pid == 0:
         os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return [code + 2 + count(text) for text in completions]
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # Ctrl-C reaches it too, and is not for it
+    return [code + count(text) for text in completions]
 
 def alone(prompts, completions, **columns): return list(map(count, completions))
 """

@@ -3,11 +3,12 @@ reward model, the start that is made when it is missing, and Weights & Biases.
 """
 
 import dataclasses
+import importlib.util
+import itertools
 import json
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CHAT_TEMPLATE, ROOT
+from conftest import CHAT_TEMPLATE
 from safetensors.torch import load_file
 from tiny_runs import (
     ASK, DEMONSTRATION, EVERY_STEP, OF_CRITIC, PROMPT, REFUSE, REPLY, SAMPLERS, SCRIPTS, copy_model, count_tokens,
     files_in, first_of, head, launch, read, result, scripts, trained_rows, two_steps, write)
+
+import common
 
 # ---- Files of a run ----
 
@@ -321,14 +324,16 @@ def test_score_with_a_reward_model_of_others(script, tiny, scorer, tmp_path):
 
 @scripts("reward_model")
 def test_held_out_rankings_and_a_single_pair(go, tmp_path):
-    """The labels' ceiling is logged where it is known; one comparison has no spread, and JSON no NaN."""
+    """The labels' ceiling, of the known chances or else the votes; one comparison has no spread, and JSON no NaN."""
     pairs = head("preferences_test", 0, 3)
     for k, rows in enumerate((pairs, pairs[:1], head("rankings_test", 0, 2))):
         path = write(tmp_path / f"{k}.jsonl", rows)
         row = read(go(f"run{k}", eval_dataset=path) / "metrics.jsonl")[-1]
-        known = [max(row["p_chosen"], 1 - row["p_chosen"]) for row in rows if "p_chosen" in row]
-        assert ("eval/accuracy_ceiling" in row) == bool(known)
-        assert not known or row["eval/accuracy_ceiling"] == pytest.approx(statistics.fmean(known))
+        best = [max(row["p_chosen"], 1 - row["p_chosen"]) for row in rows if "p_chosen" in row]
+        for ranking in [row["ranking"] for row in rows if "ranking" in row]:
+            pairs = itertools.combinations(ranking, 2)
+            best.append(statistics.fmean(0.5 if first == second else 1.0 for first, second in pairs))
+        assert row["eval/accuracy_ceiling"] == pytest.approx(statistics.fmean(best))
 
 
 # ---- A default start that is missing ----
@@ -342,25 +347,33 @@ def test_missing_start_is_made(script, go, whole, starts, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     folders, calls = dict(zip(script.made_by, script.model_flags.values())), []
 
-    def make(command, **options):
-        calls.append([str(word) for word in command])
-        maker = Path(command[1]).stem
-        shutil.copytree(starts / f"{script.size}{folders[maker]}1" / "model", Path("runs", maker, "model"))
-        return types.SimpleNamespace(returncode=0)
+    def import_module(maker):
+        def make(args):
+            calls.append((maker, args))
+            shutil.copytree(starts / f"{script.size}{folders[maker]}1" / "model", Path("runs", maker, "model"))
 
-    monkeypatch.setattr(subprocess, "run", make)
+        return types.SimpleNamespace(Args=lambda: "its defaults", main=make)
+
+    monkeypatch.setattr(common, "importlib", types.SimpleNamespace(import_module=import_module, util=importlib.util))
     made = [flag for flag, _ in zip(script.model_flags, script.made_by)]
     defaults = {flag: getattr(script.module.Args, flag) for flag in made}
     first, second = go("first", **defaults), go("second", **defaults)
-    assert calls == [[sys.executable, str(ROOT / f"{maker}.py")] for maker in script.made_by]
+    assert calls == [(maker, "its defaults") for maker in script.made_by]
     assert result(first) == result(second) == result(whole())
 
 
 @scripts(*NEEDS_A_START)
 def test_missing_start_that_cannot_be_made(script, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    calls, failed = [], types.SimpleNamespace(returncode=5)
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command) or failed)
+    calls = []
+
+    def fails(args):
+        calls.append(args)
+        raise SystemExit(5)
+
+    failing = types.SimpleNamespace(Args=lambda: "its defaults", main=fails)
+    importer = types.SimpleNamespace(import_module=lambda maker: failing, util=importlib.util)
+    monkeypatch.setattr(common, "importlib", importer)
     with pytest.raises(SystemExit) as stop:
         launch(script, tiny(model=script.module.Args.model))
     assert stop.value.code == 5 and len(calls) == 1

@@ -183,6 +183,9 @@ class BareTokenizer:
     def __call__(self, texts, add_special_tokens=True):
         return self.tokenizer(texts, add_special_tokens=False)
 
+    def get_added_vocab(self):
+        return self.tokenizer.get_added_vocab()
+
 
 # ---- pairs ----
 

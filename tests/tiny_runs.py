@@ -162,7 +162,8 @@ SCRIPTS = {script.name: script for script in (
         forwards=("token_values",),
         loaders=("load_reward_model",),
         step_metrics={"grad_norm", "epoch", *COMPARISONS},
-        eval_metrics={f"eval/{key}" for key in {*COMPARISONS, "ece", "accuracy_low", "accuracy_high"}},
+        eval_metrics={f"eval/{key}" for key in {*COMPARISONS, "ece", "accuracy_low", "accuracy_high",
+                                                         "accuracy_ceiling"}},
         sample_columns={"comparison", "text", "rank", "reward"},
         parts={"model": transformers.AutoModelForSequenceClassification}),
     Script(
