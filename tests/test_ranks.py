@@ -2,6 +2,7 @@
 some and sharded on others, ends with the same weights, metrics, samples and files; stopped on 2 it goes on on 1 and on 3.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 from types import SimpleNamespace
 
+import forked
 import kills
 import pytest
 import torch
@@ -20,6 +22,8 @@ from tiny_runs import SCRIPTS, head, launch, read, timeless, write
 import common
 
 torchrun = pytest.importorskip("torch.distributed.run", reason="this torch has no torch.distributed")
+subprocess_handler = importlib.import_module(
+    "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler")
 TOLERANCE = 5e-6  # of every weight and every metric
 FLAGS = {  # 9 rows, 4 a step: the last step of an epoch has one row, less than there are ranks
     "device": "cpu", "batch_size": 4, "micro_batch_size": 2, "eval_every": 0, "eval_samples": 3, "save_every": 0,
@@ -222,8 +226,11 @@ def test_out_of_memory_in_training_is_a_line(capsys):
 
 
 def agent(log, endpoint, *arguments):
-    """A fork of this process that does what the command torchrun does, on one of two nodes of one process each."""
+    """A fork of this process that does what the command torchrun does, on one of two nodes of one process each, which
+    is a fork, too.
+    """
     def main(_):
+        subprocess_handler.Popen = forked.Popen
         os.chdir(ROOT)
         os.environ["OMP_NUM_THREADS"] = "1"
         torchrun.main(["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint,

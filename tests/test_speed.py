@@ -4,6 +4,7 @@ import json
 import time
 from types import SimpleNamespace
 
+import forked
 import pytest
 import speed
 import torch
@@ -80,6 +81,7 @@ if len(sys.argv) == 3:
 def test_the_first_step_ends_the_process(tmp_path, capsys, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
+    monkeypatch.setattr(speed.subprocess, "Popen", forked.Popen)
     seconds = speed.seconds_to_first_step(str(script), "0.3", "30")
     assert 0.3 < seconds["cpu_s"] < 20
     monkeypatch.setattr(speed, "FIRST_STEP", "")  # a process that ends by itself
