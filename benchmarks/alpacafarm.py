@@ -289,7 +289,7 @@ def write_data(args: Args, folder: Path) -> None:
             rows = [plain(row) for row in read_rows(f"data/{name}{split}.jsonl")]
             files[name] = rows[: 500 if split else None]  # an evaluation takes time
             if args.tiny:
-                files[name] = rows[:128]
+                files[name] = rows[:48]
         decided = [row for row in files["preferences"] if row["mu"] == 1]
         files["feedme"] = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in decided]
         files["conditioning"] = []

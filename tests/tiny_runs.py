@@ -473,6 +473,7 @@ def tested_once():
     """
     found, self_test = {}, common.self_test
 
+    @functools.wraps(self_test)
     def test(model, rows):
         if model.device.type != "cpu":
             return self_test(model, rows)
