@@ -7,6 +7,7 @@ change there. conftest.py makes the fixtures of this file known to all tests.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -372,7 +373,7 @@ def two_steps(folder, script, model, run, seed=1):
     launch(script, script.module.Args(
         model=str(model), dataset=str(folder / f"{script.name}.jsonl"), num_train_epochs=1, batch_size=5,
         eval_dataset=str(folder / f"{script.name}_held_out.jsonl"), micro_batch_size=5, warmup_steps=0,
-        eval_samples=1, output_dir=str(folder / run), seed=seed, device="cpu", **few))
+        eval_samples=4, output_dir=str(folder / run), seed=seed, device="cpu", **few))
 
 
 @pytest.fixture
@@ -485,6 +486,56 @@ def tested_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "self_test", test)
+        yield
+
+
+def files_here(folder):
+    """The files of a folder, but for those in folders of its own, by name and checksum."""
+    paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    return tuple((path.name, path.stat().st_size, zlib.crc32(path.read_bytes())) for path in paths)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once():
+    """A small model or a tokenizer is read from its folder once, then copied as long as no file is another one."""
+    found = {}
+    load_model = transformers.AutoModelForCausalLM.from_pretrained.__func__  # the others' are copies of it
+    load_tokenizer = transformers.AutoTokenizer.from_pretrained.__func__
+
+    def keep(key, x):
+        if len(found) > 40:
+            found.pop(next(iter(found)))  # the oldest
+        found[key] = x
+
+    def model(kind, name, *inputs, config=None, **options):
+        if not Path(name).is_dir() or config is None or inputs or not options.get("output_loading_info"):
+            return load_model(kind, name, *inputs, config=config, **options)
+        settings = json.dumps({**config.to_dict(), "_name_or_path": ""}, default=str)
+        key = kind, settings, repr(sorted(options.items())), torch.get_default_dtype(), files_here(name)
+        if key not in found:
+            made, info = load_model(kind, name, config=config, **options)
+            if any(info.values()) or made.num_parameters() > 1e6:
+                return made, info
+            keep(key, (made, info))
+        made, info = copy.deepcopy(found[key])
+        made.name_or_path = made.config._name_or_path = config._name_or_path
+        return made, info
+
+    def tokenizer(kind, name, *inputs, **options):
+        if not Path(name).is_dir() or inputs:
+            return load_tokenizer(kind, name, *inputs, **options)
+        key = kind, repr(sorted(options.items())), files_here(name)
+        if key not in found:
+            keep(key, load_tokenizer(kind, name, **options))
+        made = copy.deepcopy(found[key])
+        made.name_or_path = made.init_kwargs["name_or_path"] = str(name)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for script in SCRIPTS.values():
+            for part in script.parts.values():
+                patch.setattr(part, "from_pretrained", classmethod(model))
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", classmethod(tokenizer))
         yield
 
 
