@@ -195,7 +195,8 @@ class Frugal(forked.Popen):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_the_peak_of_a_real_run(tmp_path, monkeypatch):
-    """With the widths and the vocabulary of the case, and 3 layers in place of its own."""
+    """With the widths and the vocabulary of the case, and 3 layers and rows of 32 tokens in place of its own."""
+    monkeypatch.setattr(memory, "RESPONSE", 24)
     monkeypatch.setitem(memory.NAMED, "30M", ("llama", (320, 3, 5, 5, 960, 32000), True))
     monkeypatch.setattr(memory.subprocess, "Popen", Frugal)
     found = memory.compare(str(tmp_path / "memory.json"), ["sft"])
