@@ -9,6 +9,7 @@ import json
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import forked
 import memory
@@ -191,6 +192,7 @@ class Frugal(forked.Popen):
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             assert libc.mallopt(option, 65536)
         libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from here
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
