@@ -289,7 +289,7 @@ def write_data(args: Args, folder: Path) -> None:
             rows = [plain(row) for row in read_rows(f"data/{name}{split}.jsonl")]
             files[name] = rows[: 500 if split else None]  # an evaluation takes time
             if args.tiny:
-                files[name] = rows[:128]
+                files[name] = rows[:48]
         decided = [row for row in files["preferences"] if row["mu"] == 1]
         files["feedme"] = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in decided]
         files["conditioning"] = []
@@ -349,15 +349,18 @@ def run_seed(args: Args, seed: int, whole: bool) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     file = lambda name: str(data / f"{name}.jsonl")
     common = {"seed": seed, "eval_every": 0}
+    if args.tiny:
+        common["eval_samples"] = 8
     start, reward = str(folder / "sft" / "model"), str(folder / "reward_model" / "model")
     run(folder, "sft", sft, dataset=file("demonstrations"), **common)
+    plain = dict(common)
     common["model"] = start
     run(folder, "dpo", dpo, dataset=file("preferences"), **common)
     methods = {"SFT": ("sft", "", ["sft"]), "DPO": ("dpo", "", ["sft", "dpo"])}
     if not whole:
         return methods
 
-    run(folder, "twice", sft, dataset=file("twice"), num_train_epochs=2, seed=seed, eval_every=0)
+    run(folder, "twice", sft, dataset=file("twice"), num_train_epochs=2, **plain)
     methods["SFT on twice the data"] = ("twice", "", ["twice"])
     for name, method, word in (("feedme", "FeedME", ""), ("conditioning", "conditioning", GOOD)):
         run(folder, name, sft, dataset=file(name), num_train_epochs=1, **common)

@@ -52,9 +52,9 @@ from gold_reward import gold_reward, sum_reward  # noqa: E402
 
 GOLD = "data/gold_reward.py:gold_reward"
 TINY = {  # sizes of a test, with 128 rows of each file
-    sft: {"num_train_epochs": 1},
+    sft: {"num_train_epochs": 1, "eval_samples": 8},
     reward_model: {},
-    dpo: {},
+    dpo: {"eval_samples": 8},
     ppo: {"total_episodes": 128, "eval_samples": 8},
     grpo: {"total_episodes": 128, "eval_samples": 8}}
 

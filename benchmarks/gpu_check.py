@@ -283,6 +283,7 @@ def head_of_file(step, name, n):
 
 
 def common_flags(step, train, test, rows):
+    rows = rows // 2 if step.tiny else rows
     return {"dataset": head_of_file(step, train, rows), "eval_dataset": head_of_file(step, test, 64),
             "eval_every": 0, "micro_batch_size": 32}
 

@@ -113,7 +113,7 @@ def problems_of(mutant: Mutant, root: Path) -> list[str]:
         problems.append(f"AMBIGUOUS  {where}: {mutant.file} holds {count} times\n{indented(mutant.old)}")
     else:
         try:
-            compile(code.replace(mutant.old, mutant.new), mutant.file, "exec")
+            compile_changed(code, mutant)
         except SyntaxError as error:
             problems.append(f"NO PYTHON  {where}: {error}")
     if not mutant.lines["by"]:
@@ -122,6 +122,18 @@ def problems_of(mutant: Mutant, root: Path) -> list[str]:
         if not test_exists(test, root):
             problems.append(f"NO TEST    {where}: there is no {test}{elsewhere(test, root)}")
     return problems
+
+
+def compile_changed(code: str, mutant: Mutant) -> None:
+    """The function or class around the change, which takes a tenth of the time; if that is not enough, the file."""
+    start = code.index(mutant.old)
+    head, tail = code[:start], code[start + len(mutant.old):]
+    begin = max(head.rfind(f"\n{word}") for word in ("def ", "class ")) + 1
+    end = min(tail.find(f"\n{word}") % (len(tail) + 1) for word in ("def ", "class ", "@"))
+    try:
+        compile(head[begin:] + mutant.new + tail[:end] + "\n", mutant.file, "exec")
+    except SyntaxError:
+        compile(head + mutant.new + tail, mutant.file, "exec")
 
 
 def indented(code: str) -> str:

@@ -3,6 +3,7 @@ should be, learning rates are those asked for, each flag changes what it should 
 their metrics are what was asked for.
 """
 
+import contextlib
 import itertools
 import re
 import statistics
@@ -265,6 +266,14 @@ MATTERS = [  # of grpo.py: flags' other values, and what else is set
 CHANGED_IN_GRPO = {flag for flags, _ in MATTERS for flag in flags}
 
 
+class Different(Exception):
+    """Ends a run that has measured something else than another one."""
+
+
+def differ(after, before) -> bool:
+    return [set(row) for row in after] != [set(row) for row in before] or after != approx_rows(before, 1e-6)
+
+
 @pytest.fixture(scope="session")
 def measured():
     """What the runs of `test_option_does_something` without its flag measured, by script."""
@@ -274,9 +283,9 @@ def measured():
 @pytest.mark.parametrize("name, flag", [(name, flag) for name, script in SCRIPTS.items()
                                         for flag in script.flags if flag not in INERT
                                         and not (name == "grpo" and flag in CHANGED_IN_GRPO)])
-def test_option_does_something(script, go, starts, measured, flag):
-    """A few steps with a changed flag measure something else, by more than rounding. Of grpo.py those flags that
-    `test_option_changes_the_weights` has not.
+def test_option_does_something(script, go, starts, measured, monkeypatch, flag):
+    """A few steps with a changed flag measure something else, by more than rounding: the run ends where it first
+    does. Of grpo.py those flags that `test_option_changes_the_weights` has not.
     """
     if flag == "lora_rank":
         pytest.importorskip("peft")
@@ -295,9 +304,18 @@ def test_option_does_something(script, go, starts, measured, flag):
     if key not in measured:
         measured[key] = measure(go("before", **flags))
     before = measured[key]
-    after = measure(go("after", **{**flags, flag: option(script, flag, starts)}))
     assert len(before) >= 5
-    assert [set(row) for row in after] != [set(row) for row in before] or after != approx_rows(before, 1e-6)
+    log = common.Run.log
+
+    def log_and_compare(run, *inputs):
+        log(run, *inputs)
+        rows = numbers(run.folder)
+        if differ(rows, before[: len(rows)]):
+            raise Different
+
+    monkeypatch.setattr(common.Run, "log", log_and_compare)
+    with contextlib.suppress(Different):
+        assert differ(measure(go("after", **{**flags, flag: option(script, flag, starts)})), before)
 
 
 def test_gradient_checkpointing_changes_no_number(script, go, trained):
@@ -712,7 +730,8 @@ def weights_of(script, go, starts, many_ends, trained_weights):
         key = repr(sorted(flags.items()))
         if key not in trained_weights:
             rewards = reward_specs(script, starts, "rewards.py:odd", "rewards.py:brief")
-            folder = go(f"run {len(trained_weights)}", **{"model": many_ends, "max_new_tokens": 6, **rewards, **flags})
+            few = {"max_new_tokens": 6, "total_episodes": 16, "eval_samples": 1}  # two updates
+            folder = go(f"run {len(trained_weights)}", **{"model": many_ends, **few, **rewards, **flags})
             weights = load_file(folder / "model" / "model.safetensors")
             trained_weights[key] = torch.cat([weights[part].flatten() for part in sorted(weights)])
         return trained_weights[key]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import forked
 import gpu_check
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch
 def report(tmp_path_factory):
     """What one run of a step writes."""
     out = tmp_path_factory.mktemp("gpu_check")
-    gpu_check.parent(gpu_check.Args(output_dir=str(out), tiny=True, only=("train_grpo",)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_check.subprocess, "Popen", forked.Popen)
+        gpu_check.parent(gpu_check.Args(output_dir=str(out), tiny=True, only=("train_grpo",)))
     return json.loads((out / "gpu_check.json").read_text())
 
 

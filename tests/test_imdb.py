@@ -2,6 +2,7 @@
 table, and one tiny run on real reviews, which takes what has ended as it is when it is repeated.
 """
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -182,6 +183,10 @@ def test_a_tiny_run_on_real_reviews(tmp_path, monkeypatch):
     monkeypatch.setattr(imdb, "VOCABULARY", 600)
     monkeypatch.setattr(imdb, "SMALL", imdb.SMALL | {"hidden_size": 16, "intermediate_size": 16})
     commands = []
+    monkeypatch.setattr(imdb, "read_reviews", functools.cache(imdb.read_reviews))
+    picture = imdb.picture
+    is_whole = lambda result: len(result["points"]) == len(imdb.STYLES)
+    monkeypatch.setattr(imdb, "picture", lambda result, file: is_whole(result) and picture(result, file))
     monkeypatch.setattr(imdb.subprocess, "run", in_process(commands))
     args = imdb.Args(
         data=str(SHARED / "data"), folder=str(tmp_path / "runs"), output=str(tmp_path / "out"), dpo_betas=[0.1],
@@ -197,6 +202,7 @@ def test_a_tiny_run_on_real_reviews(tmp_path, monkeypatch):
     assert rewards.shape == (8, 64) and result["start"]["gold"] == pytest.approx(rewards.mean().item(), rel=1e-4)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in json.dumps({**result, "points": [], "start": {}, "reward_models": {}})
+    monkeypatch.setattr(imdb, "picture", lambda *_: None)
     again = imdb.main(args)
     assert len(commands) == 8  # nothing was run anew
     for name in ("points", "start", "best_of_n", "optimum"):

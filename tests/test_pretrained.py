@@ -4,8 +4,9 @@ import json
 import math
 import random
 import re
-import sys
+import time
 
+import forked
 import pretrained
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_commands_are_those_of_a_reader(tmp_path):
         assert experiment.reward in ("", *pretrained.EXPERIMENTS)
 
 
+class Busy(forked.Popen):
+    """A fork that has taken a second and a half before it begins, about as long as imports take."""
+
+    @staticmethod
+    def prepare():
+        while time.process_time() < 1.5:
+            pass
+
+
 @pytest.fixture
 def measured(starts, tmp_path, monkeypatch):
     """A benchmark of one reward model, on the embedded world: its arguments, after a first run."""
@@ -179,6 +189,7 @@ def measured(starts, tmp_path, monkeypatch):
     args = pretrained.Args(
         model=str(starts / "run1" / "model"), data=str(tmp_path), folder=str(tmp_path / "runs"),
         output=str(tmp_path / "result.json"))
+    monkeypatch.setattr(pretrained.subprocess, "Popen", Busy)
     return args, pretrained.main(args)
 
 
@@ -191,7 +202,7 @@ def test_a_run_is_made_once_and_measured(measured, monkeypatch, capsys):
     assert row["cpu_seconds"] > 1 and 0.1 < row["peak_gib"] < 4
     assert row["accuracy"] == row["after"]["eval/accuracy"] and row["before"]["step"] == 0
     assert json.loads(open(args.output).read()) == result
-    monkeypatch.setattr(sys, "executable", "/nowhere")  # nothing runs again
+    monkeypatch.setattr(pretrained.subprocess, "Popen", None)  # nothing runs again
     assert pretrained.main(args) == result
     shown = capsys.readouterr().out
     assert "absent: skipped" in shown and "early: skipped: it needs absent" in shown

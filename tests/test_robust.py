@@ -1000,8 +1000,9 @@ def test_rows_of_a_few_tokens_are_tried_without_padding(rows, capsys):
 
 
 @scripts(*SCRIPTS)
-def test_curves_are_drawn_where_matplotlib_is(script, tiny, tmp_path):
+def test_curves_are_drawn_where_matplotlib_is(script, tiny, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(common.Run, "show_change", common.Run.show_change.__wrapped__)
     script.module.main(tiny())
     picture = (tmp_path / "run" / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000

@@ -4,6 +4,7 @@ import json
 import time
 from types import SimpleNamespace
 
+import forked
 import pytest
 import speed
 import torch
@@ -23,7 +24,9 @@ def burn(seconds):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     file = tmp_path_factory.mktemp("speed") / "speed.json"
-    return speed.main(speed.Args(quick=True, output=str(file))), json.loads(file.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "gc", SimpleNamespace(collect=lambda: None))  # of all that the tests hold
+        return speed.main(speed.Args(quick=True, output=str(file))), json.loads(file.read_text())
 
 
 def test_the_quick_run_measures_everything_that_is_installed(quick):
@@ -80,6 +83,7 @@ if len(sys.argv) == 3:
 def test_the_first_step_ends_the_process(tmp_path, capsys, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
+    monkeypatch.setattr(speed.subprocess, "Popen", forked.Popen)
     seconds = speed.seconds_to_first_step(str(script), "0.3", "30")
     assert 0.3 < seconds["cpu_s"] < 20
     monkeypatch.setattr(speed, "FIRST_STEP", "")  # a process that ends by itself

@@ -7,7 +7,9 @@ change there. conftest.py makes the fixtures of this file known to all tests.
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -18,6 +20,7 @@ import signal
 import subprocess
 import sys
 import types
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -289,7 +292,8 @@ def write(path, rows) -> str:
 
 def head(name, first, last) -> list[dict]:
     """Rows of a file of the embedded world."""
-    return read(DATA / f"{name}.jsonl")[first:last]
+    lines = (DATA / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[first:last]]
 
 
 def files_in(folder) -> dict[Path, bytes]:
@@ -366,10 +370,11 @@ def make_starts(folder):
 
 def two_steps(folder, script, model, run, seed=1):
     """A run of two steps from this model, in folder/run."""
+    few = {"max_new_tokens": 2} if "max_new_tokens" in script.flags else {}
     launch(script, script.module.Args(
         model=str(model), dataset=str(folder / f"{script.name}.jsonl"), num_train_epochs=1, batch_size=5,
         eval_dataset=str(folder / f"{script.name}_held_out.jsonl"), micro_batch_size=5, warmup_steps=0,
-        eval_samples=4, output_dir=str(folder / run), seed=seed, device="cpu"))
+        eval_samples=4, output_dir=str(folder / run), seed=seed, device="cpu", **few))
 
 
 @pytest.fixture
@@ -441,6 +446,117 @@ def without_pictures():
 @pytest.fixture
 def no_pictures():
     with without_pictures():
+        yield
+
+
+def parts_of_common():
+    """Its functions, and those of its classes: whatever a test may have replaced."""
+    parts = []
+    for x in vars(common).values():
+        parts += filter(callable, vars(x).values()) if isinstance(x, type) and x.__module__ == "common" else [x]
+    return tuple(x for x in parts if callable(x))
+
+
+def all_of(model):
+    """What its outputs depend on: classes, configuration, weights."""
+    classes = dict.fromkeys((type(layer), type(layer).forward) for layer in model.modules())
+    weights = 0
+    for x in (*model.parameters(), *model.buffers()):
+        weights = zlib.crc32(x.detach().contiguous().view(-1).view(torch.uint8).numpy(), weights)
+    config = {**model.config.to_dict(), "_name_or_path": "", "attention": model.config._attn_implementation}
+    types = [x.dtype for x in model.parameters()]
+    return *classes, vars(model).get("forward"), *types, weights, model.training, json.dumps(config, default=str)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tested_once():
+    """What a run tries its model with before it starts, the fifth part of a tiny run, is tried once for all runs in
+    which nothing is different: the model, the rows, the functions.
+    """
+    found, self_test = {}, common.self_test
+
+    @functools.wraps(self_test)
+    def test(model, rows):
+        if model.device.type != "cpu":
+            return self_test(model, rows)
+        settings = torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+        key = repr(rows), settings, parts_of_common(), all_of(model)
+        if key not in found:
+            found[key] = self_test(model, rows)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "self_test", test)
+        yield
+
+
+def is_small(folder) -> bool:
+    """A folder, of a tiny model."""
+    return Path(folder).is_dir() and sum(path.stat().st_size for path in Path(folder).iterdir()) < 4e6
+
+
+def files_here(folder):
+    """The files of a folder, but for those in folders of its own, by name and checksum."""
+    paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    return tuple((path.name, path.stat().st_size, zlib.crc32(path.read_bytes())) for path in paths)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once():
+    """A small model or a tokenizer is read from its folder once, then copied as long as no file is another one."""
+    found = {}
+    load_model = transformers.AutoModelForCausalLM.from_pretrained.__func__  # the others' are copies of it
+    load_tokenizer = transformers.AutoTokenizer.from_pretrained.__func__
+
+    def keep(key, x):
+        if len(found) > 40:
+            found.pop(next(iter(found)))  # the oldest
+        found[key] = x
+
+    def model(kind, name, *inputs, config=None, **options):
+        if config is None or inputs or not options.get("output_loading_info") or not is_small(name):
+            return load_model(kind, name, *inputs, config=config, **options)
+        settings = json.dumps({**config.to_dict(), "_name_or_path": ""}, default=str)
+        key = kind, settings, repr(sorted(options.items())), torch.get_default_dtype(), files_here(name)
+        if key not in found:
+            made, info = load_model(kind, name, config=config, **options)
+            if any(info.values()):  # what is missing is drawn
+                return made, info
+            keep(key, (made, info))
+        made, info = copy.deepcopy(found[key])
+        made.name_or_path = made.config._name_or_path = config._name_or_path
+        return made, info
+
+    def tokenizer(kind, name, *inputs, **options):
+        if inputs or not is_small(name):
+            return load_tokenizer(kind, name, *inputs, **options)
+        key = kind, repr(sorted(options.items())), files_here(name)
+        if key not in found:
+            keep(key, load_tokenizer(kind, name, **options))
+        made = copy.deepcopy(found[key])
+        made.name_or_path = made.init_kwargs["name_or_path"] = str(name)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for script in SCRIPTS.values():
+            for part in script.parts.values():
+                patch.setattr(part, "from_pretrained", classmethod(model))
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", classmethod(tokenizer))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_are_asked_for():
+    """No run draws one, but in the test that undoes this."""
+    show_change = common.Run.show_change
+
+    @functools.wraps(show_change)
+    def show(*inputs):
+        with without_pictures():
+            show_change(*inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Run, "show_change", show)
         yield
 
 
