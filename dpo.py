@@ -59,7 +59,7 @@ class Args:
     batch_size: int = 64  # comparisons, that is pairs or rankings, per optimizer step
     micro_batch_size: int = 64  # comparisons per forward pass: a lower one saves memory, same gradient
     learning_rate: float = 5e-4  # peak of AdamW (5e-7 to 5e-6 with a pretrained model)
-    warmup_steps: int = 10  # optimizer steps of linear warm-up
+    warmup_steps: int = 10  # optimizer steps of linear warm-up, a fifth of the run at most
     anneal_lr: bool = True  # decay linearly to 0 after the warm-up
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # clip the gradient to this norm

@@ -55,7 +55,7 @@ class Args:
     batch_size: int = 64  # rows per optimizer step
     micro_batch_size: int = 64  # rows per forward pass: a lower one saves memory, same gradient
     learning_rate: float = 6e-3  # peak of AdamW (1e-5 to 5e-5 with a pretrained model)
-    warmup_steps: int = 30  # optimizer steps of linear warm-up
+    warmup_steps: int = 30  # optimizer steps of linear warm-up, a fifth of the run at most
     anneal_lr: bool = True  # decay linearly to 0 after the warm-up
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # clip the gradient to this norm
