@@ -781,7 +781,7 @@ def segments_of(tokenizer, row, eos_ids, completion):
         return [(part, k == len(parts) - 1, False) for k, part in enumerate(parts)]
     if types != {list}:
         fail(f"{where}: {' and '.join(names)} must be text, or lists of messages with role and content")
-    if names[0] == "prompt" and parts[1][:1] == parts[0][:1]:
+    if parts[1:] and parts[1][:1] == parts[0][:1]:
         fail(f"{where}: {names[1]} repeats the prompt")
     messages = sum(parts, [])
     render = renderer(tokenizer, row, messages, eos_ids)
@@ -816,8 +816,7 @@ def words_of(tokenizer):
     return bare, lambda ids: ids if ids[: len(bos)] == bos else bos + ids
 
 def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
-    """Each row as (ids, trained), lists of one length that end with one EOS, untrained if the row was cut; or
-    None if its prompt fills max_length. Segments are tokenized apart, behind a newline that is cut off."""
+    """(ids, trained) of each row: one EOS ends it, untrained where cut; None if prompts fill max_length."""
     bare, begin = words_of(tokenizer)
     newline = bare("\n")
     specials = set(tokenizer.get_added_vocab().values())
@@ -838,13 +837,13 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
         for k, (text, train, chat) in enumerate(parts):
             piece = next(pieces)
             is_last = k == len(parts) - 1
-            if k == 0 and not chat:
-                piece = begin(piece)
-            elif k > 0 and ids and ids[-1] in specials:  # some tokenizers put a space behind these
+            if k == 0:
+                piece = piece if chat else begin(piece)
+            elif ids and ids[-1] in specials:  # some tokenizers put a space behind these
                 piece = bare(tokenizer.convert_ids_to_tokens(ids[-1]) + text)[1:]
-            elif k > 0 and piece[: len(newline)] == newline:
+            elif piece[: len(newline)] == newline:  # before which some put one, too
                 piece = piece[len(newline) :]
-            elif k > 0:  # it merged with the text and cannot be cut off
+            else:  # it merged with the text and cannot be cut off
                 piece = bare(text)
             while is_last and not chat and piece and piece[-1] in eos_ids:
                 piece = piece[:-1]
@@ -952,7 +951,7 @@ def load_prompts(tokenizer, rows, max_prompt_length):
         if not ids:
             fail(f"{row['_where']}: the prompt is empty")
         if len(ids) <= max_prompt_length:
-            prompts.append(({**columns, **row}, ids))
+            prompts.append((columns | row, ids))
     if len(prompts) < len(rows):
         print(f"{len(rows) - len(prompts)} of {len(rows)} prompts are over --max-prompt-length: dropped")
     return prompts or fail(f"{rows[0]['_where']}: every prompt is longer than --max-prompt-length")
@@ -999,8 +998,7 @@ def load_model(name, args, device, flag="--model", kind=AutoModelForCausalLM, ne
         others = [file for file in folder.glob("*") if not re.fullmatch(plain, file.name)]
         if causal and folder.is_dir() and not others:
             print(f"{name} holds no weights: starting from random ones")
-            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
-            info = {}
+            model, info = kind.from_config(config, dtype=torch.float32, trust_remote_code=False), {}
         else:
             model, info = kind.from_pretrained(
                 name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -1189,7 +1187,7 @@ def sample_all(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0)
     size = 256
     batch = None
     with unsharded(model):
-        while s.start < s.stop and batch is None:
+        while s.start < s.stop and not batch:
             try:
                 batch = sample(
                     model, prompts[s], max_new_tokens, eos_ids, temperature, seed, size, first=s.start)
@@ -1360,6 +1358,8 @@ class Run:
         ours = lambda file: file.name in self.LOGS and not file.stat().st_size or file.match("events.out*")
         is_used = not args.resume and not all(map(ours, self.folder.glob("*")))  # it may have empty logs
         is_finished = (self.folder / "model").exists()
+        if is_finished and args.resume and not ranks()[0]:
+            shutil.rmtree(self.file.parent, ignore_errors=True)  # if it was killed when all else was done
         if is_used or is_finished:
             what = "a finished run" if is_finished else "other files, or an interrupted run (--resume)"
             fail(f"--output-dir {self.folder} holds {what}: remove it, or choose another folder")
