@@ -793,8 +793,8 @@ def segments_of(tokenizer, row, eos_ids, completion):
         with blame(f"{where}: the chat template refuses message {i + 1}"):
             before = render(messages[:i], add_generation_prompt=True)
             after = render(messages[: i + 1])
-        if "_sampled" in row:  # is scored, whatever it is
-            before = os.path.commonprefix([before, after])
+        if "_sampled" in row and not after.startswith(before):  # it is scored all the same
+            before = render(messages[:i])
         elif not (before.startswith(done) and after.startswith(before)):
             fail(f"{where}: the chat template rewrites the turns before {i + 1}: give them as prompt")
         turn = after[len(before) :]

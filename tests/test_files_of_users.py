@@ -5,11 +5,12 @@ import copy
 import datetime
 
 import dpo
+import ppo
 import pytest
 import torch
 import transformers
 import transformers.utils.chat_template_utils as rendering
-from common import encode, load_comparisons, read_rows, reward_function
+from common import encode, load_comparisons, load_reward, read_rows, reward_function
 from conftest import make_model
 from fuzz_cases import PLAIN, make_tokenizer
 from test_rows import ASKED, OTHERS, reward_of, scores_of, with_chat
@@ -74,19 +75,16 @@ def test_a_column_of_the_data_never_stands_in_for_what_was_sampled(tmp_path, col
     assert score(rows, [[]], [tokenizer("said")["input_ids"] + [EOS]]).tolist() == [1.0]
 
 
-def test_a_reward_reads_an_answer_as_in_training(starts, tmp_path):
-    """Under a template that ends a turn by a token, a newline and then, as it has no EOS, an EOS (base models of
-    Qwen2.5): the policy has learnt to write all three, and the answer is what stands before.
+def test_a_reward_reads_an_answer_without_what_a_template_writes_behind(tmp_path):
+    """As that of Qwen2.5's base models, which ends a turn by a token and a newline: the EOS, of which the template knows
+    nothing, follows these, so the policy has learnt to write all three.
     """
-    policy = with_chat(starts, tmp_path / "policy", "run1", "{% for m in messages %}{{ m.content }} .\n{% endfor %}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
+    tokenizer = make_tokenizer()
     (tmp_path / "r.py").write_text(
-        "def r(prompts, completions, **columns):\n"
-        "    return [float(text[0]['content'] == ' it was good .') for text in completions]\n")
+        "def r(prompts, completions, **columns):\n    return [float(x[0]['content'] == 'good') for x in completions]\n")
     score = reward_function(f"{tmp_path / 'r.py'}:r", tokenizer, torch.device("cpu"))
-    response = tokenizer(" it was good .\n")["input_ids"] + [1]
-    rows = [{"prompt": [user(ASKED[0])], "_where": "rows.jsonl:1"}]
-    assert score(rows, [[]], [response]).tolist() == [1.0]
+    rows = [{"prompt": [user("q")], "_where": "rows.jsonl:1"}]
+    assert score(rows, [[]], [tokenizer("good\n")["input_ids"] + [EOS]]).tolist() == [1.0]
 
 
 REWRITES = (  # as minimind's: what a generation prompt says of thoughts, an answer with thoughts does not repeat
@@ -96,10 +94,19 @@ REWRITES = (  # as minimind's: what a generation prompt says of thoughts, an ans
 
 
 def test_a_response_that_the_reward_models_template_rewrites_ends_no_run(starts, tmp_path):
+    """It is read as the whole conversation is rendered, whatever the generation prompt would have been."""
     folder = with_chat(starts, tmp_path / "reward" / "model", "reward1", REWRITES, [1])
-    score, tokenizer = reward_of(folder, starts, tmp_path)
+    own = transformers.AutoTokenizer.from_pretrained(folder)
+    policy = with_chat(starts, tmp_path / "policy", "run1", PLAIN)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
+    args = ppo.Args(device="cpu", micro_batch_size=3)
+    score, _, read = load_reward(str(folder), tokenizer, [1], args, torch.device("cpu"), contextlib.nullcontext)
     rows = [{"prompt": [user(ASKED[0])], "_where": "rows.jsonl:1"}] * 2
-    responses = [tokenizer(text)["input_ids"] + [1] for text in (" the plot", " it was good")]
+    answers = " the plot", " it was good"
+    responses = [tokenizer(text)["input_ids"] + [1] for text in answers]
+    for ids, answer in zip(read(rows, [[]] * 2, responses), answers):
+        whole = own.apply_chat_template([user(ASKED[0]), assistant(answer)], tokenize=False)
+        assert ids == own(whole, add_special_tokens=False)["input_ids"]
     assert score(rows, [[]] * 2, responses).isfinite().all()
 
 
@@ -174,7 +181,7 @@ def test_a_conversation_has_the_tokens_that_the_tokenizer_gives_to_its_rendering
 
 
 LEFT_OUT = {  # columns, and what must be in the tokens of a row that is not refused
-    "OpenAI's weight": {"messages": [user("q"), assistant("bad", weight=0), user("r"), assistant("good", weight=1)]},
+    "OpenAI's weight": {"messages": [user("q"), assistant("bad", weight=0)]},
     "Anthropic's system": {"system": "be rude", "messages": [user("q"), assistant("a")]},
     "system of pairs": {"system": "be rude", "prompt": "q", "completion": "a"},
     "TRL's chat_template_kwargs": {"chat_template_kwargs": {"thinking": True}, "messages": [user("q"), assistant("a")]},
