@@ -1,7 +1,7 @@
 """Two verifiable rewards for GSM8K and other data with a number as the answer, called as TRL calls them:
 fn(prompts, completions, answer, **columns) -> list of floats, 1 for right and 0 for wrong. `answer` is a
-data column: "18", "$1,234", "\\boxed{18}", or a whole solution that ends with "#### 18"; one that is not a number
-alone, as "1/2", is an error. Plain Python, no dependency.
+data column: "18", "$1,234", "\\boxed{18}", or a whole solution that ends with "#### 18". Another reference
+than a number alone, as "1/2", is an error. Plain Python, no dependency.
 
 Say which of the two a figure comes from. A published run of Qwen2.5-1.5B-Instruct (github.com/abhishuoza) has
 1.7 % by its strict and 38.3 % by its lenient rule before training, 48.7 % and 55.0 % after it: the format is
@@ -50,8 +50,8 @@ def final_answer(text: str) -> Decimal | None:
 
 
 def reference(answer) -> Decimal | None:
-    """The number of the data, which may stand behind "####", between dollars, in a box. Of more than a number,
-    as "1/2", there is no right one to choose: the last number would pay "2".
+    """The number of the data, which may stand behind "####", between dollars, in a box. There is none in
+    "1/2": its last number would pay "2".
     """
     text = str(answer).rpartition("####")[2].strip().removesuffix(".")
     text = text.strip("$")  # LaTeX's, or one of money
