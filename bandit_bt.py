@@ -75,7 +75,7 @@ def pairs_of(i, j, mu, count, K):
 def reached(arm, i, j, forth, back, K):
     """(K,) of bool: where a walk from this arm can be, i to j in pairs `forth`, j to i in pairs `back`."""
     seen, size = torch.arange(K) == arm, 0
-    while size < seen.sum():
+    while size < seen.sum() < K:
         size = seen.sum()
         seen[j[seen[i] & forth]] = True
         seen[i[seen[j] & back]] = True
@@ -184,7 +184,7 @@ def at_its_limit(found, r, i, j, votes, wins):
     K, won, lost = len(r), wins > 0, wins < votes
     up, down = torch.zeros(2, K).bool()
     for arm in range(K):
-        if not up[arm] and not down[arm]:
+        if not (up | down)[arm]:
             below = reached(arm, i, j, won, lost, K)
             above = reached(arm, i, j, lost, won, K)
             up |= above & (2 * below.sum() > K)
