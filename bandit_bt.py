@@ -6,13 +6,11 @@
     J(pi*) - J(pi) = beta KL(pi || pi*), in units of the reward: Eqs. 3, 4 and App. A.1 of arXiv:2305.18290
 
 Arms are the answers to one prompt, or the models of an arena. What the other scripts estimate from samples is
-enumerated here in float64. More (samples, rankings, paths, ratings, elections): benchmarks/bandit_lessons.py.
-
-What is done differently, and why:
+enumerated here in float64. More: benchmarks/bandit_lessons.py. What is done differently, and why:
 1. Newton's method works on the pairs that met, not on votes: each pair's two numbers determine the loss.
-2. Where no finite optimum exists (an arm never loses, arms never met) it says so; --l2 makes one.
+2. Where no finite optimum exists (an arm never loses, arms never met) it says so; --l2 makes one. A draw of
+   the bootstrap without one counts as infinite, so that an interval may have no bound: `at_its_limit`.
 3. A tie is half a win for each side. Fisher's standard errors are too wide then; the bootstrap's are not.
-
 One CPU core, known rewards, 5 s:   python bandit_bt.py
 The votes of an arena:              python bandit_bt.py --dataset battles.jsonl --output-dir runs/arena
 """
@@ -33,6 +31,7 @@ from common import blame, fail, kl_estimate, read_rows
 
 DENSE = 4000  # up to so many arms the K x K matrix is factorized; above, conjugate gradients on the pairs
 INTERVAL = torch.tensor([0.025, 0.975], dtype=torch.float64)  # 95 % of the bootstrap's fits
+FAR = 1e9  # what an infinite reward of the bootstrap is shifted by: their order stays
 
 
 @dataclass
@@ -57,10 +56,8 @@ class Args:
 
 
 def bt_loss(r, i, j, mu, count):
-    """-mean of mu log sigma(r_i - r_j) + (1 - mu) log sigma(r_j - r_i), nats; log 2 at equal rewards.
-
-    Args: r (K,); arms i, j, mu in [0, 1], and count, the number of such votes: (N,) each. No change under
-    r + c: only differences are identified; r -> 2 r is another model.
+    """-mean of mu log sigma(r_i - r_j) + (1 - mu) log sigma(r_j - r_i), nats, of rewards r (K,) and of arms
+    i, j, mu in [0, 1] and count, the number of such votes: (N,) each. The same for r + c, but not for 2 r.
     """
     margin = r[i] - r[j]
     losses = -mu * F.logsigmoid(margin) - (1 - mu) * F.logsigmoid(-margin)
@@ -75,24 +72,22 @@ def pairs_of(i, j, mu, count, K):
     return key // K, key % K, votes, wins, pair
 
 
-def reached(sources, targets, K):
-    """Which arms a walk from arm 0 along edges from sources to targets can reach: (K,) of bool."""
-    seen, size = torch.arange(K) == 0, 0
-    while size < seen.sum():
+def reached(arm, i, j, forth, back, K):
+    """(K,) of bool: where a walk from this arm can be, i to j in pairs `forth`, j to i in pairs `back`."""
+    seen, size = torch.arange(K) == arm, 0
+    while size < seen.sum() < K:
         size = seen.sum()
-        seen[targets[seen[sources]]] = True
+        seen[j[seen[i] & forth]] = True
+        seen[i[seen[j] & back]] = True
     return seen
 
 
 def no_optimum(i, j, votes, wins, names) -> str:
-    """Why these pairs have no finite optimum, or "". They have one if and only if every arm leads to every
-    other by a chain of wins (Ford 1957): the comparisons' graph is strongly connected.
-    """
-    K, i_won, j_won = len(names), wins > 0, wins < votes
-    winners = torch.cat([i[i_won], j[j_won]])
-    losers = torch.cat([j[i_won], i[j_won]])
-    met = reached(torch.cat([i, j]), torch.cat([j, i]), K)
-    below, above = reached(winners, losers, K), reached(losers, winners, K)
+    """Why these pairs have no finite optimum, or "": each arm has to lead to each by wins (Ford 1957)."""
+    K, won, lost = len(names), wins > 0, wins < votes
+    met = reached(0, i, j, votes > 0, votes > 0, K)
+    below = reached(0, i, j, won, lost, K)
+    above = reached(0, i, j, lost, won, K)
     for group, problem, problem_of_rest in (
         (met, "in pieces: {} never met the others", "in pieces: {} never met the others"),
         (~below, "{} never loses to the others", "{} never wins against the others"),
@@ -109,9 +104,7 @@ def no_optimum(i, j, votes, wins, names) -> str:
 
 
 def solver(r, i, j, votes, l2):
-    """The function b -> H^-1 b for b (K,) or (K, K) whose columns sum to 0, H the Fisher information at r:
-    l2 + sum over pairs of votes p (1 - p) (e_i - e_j) (e_i - e_j)^T.
-    """
+    """b -> H^-1 b for columns b of sum 0; the Fisher information H has votes p (1 - p) of pairs, and l2."""
     K, p = len(r), torch.sigmoid(r[i] - r[j])
     weight = votes * p * (1 - p)
     if K <= DENSE:
@@ -148,7 +141,6 @@ def solver(r, i, j, votes, l2):
 
 def fit(i, j, votes, wins, K, l2=0.0, start=None, solve=None, tolerance=1e-14):
     """Maximum likelihood: Newton's method on the pairs (E,) of `pairs_of`, to rewards that sum to 0: (K,).
-
     Each step H^-1 g is shortened to log(1 + d) / d of itself, d the largest change of a margin, so that it
     descends from anywhere (arXiv:1703.04599); H stays (solve) while it divides the gradient by 4 in a step.
     Ends where the norm of the mean loss's gradient is below tolerance; ArithmeticError where not below 1e-9.
@@ -180,12 +172,32 @@ def fit(i, j, votes, wins, K, l2=0.0, start=None, solve=None, tolerance=1e-14):
 def standard_errors(r, i, j, votes, l2=0.0):
     """Square roots of the diagonal of the inverse Fisher information, for rewards that sum to 0: (K,)."""
     centre = torch.eye(len(r)).double() - 1 / len(r)
-    inverse = solver(r, i, j, votes, l2)(centre)
-    return inverse.diagonal().sqrt()
+    return solver(r, i, j, votes, l2)(centre).diagonal().sqrt()
+
+
+def at_its_limit(found, r, i, j, votes, wins):
+    """The fit `found` to a draw of the votes behind r, as the limit that Newton's method approaches: (K,).
+    Measured from most arms, not from the mean, which an infinite one would drag along: arms that lead to more
+    than half of all by chains of wins, and are led to by more than half, lead to each other, with finite
+    differences, and keep their mean in r. The first alone: +FAR, the second: -FAR, neither: nan, unknown.
+    """
+    K, won, lost = len(r), wins > 0, wins < votes
+    up, down = torch.zeros(2, K).bool()
+    for arm in range(K):
+        if not (up | down)[arm]:
+            below = reached(arm, i, j, won, lost, K)
+            above = reached(arm, i, j, lost, won, K)
+            up |= above & (2 * below.sum() > K)
+            down |= below & (2 * above.sum() > K)
+    middle = up & down
+    shift = (r - found)[middle].mean().nan_to_num()
+    sign = up.int() - down.int()
+    limit = found + shift + FAR * sign
+    return limit.where(up | down, math.nan)
 
 
 def bootstrap(r, i, j, votes, mu, count, pair, l2, replicates, seed):
-    """The fits to sets of votes drawn from these with replacement: (replicates, K)."""
+    """The fits to sets of votes drawn from these with replacement, at their limits: (replicates, K)."""
     solve = solver(r, i, j, votes, l2)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(len(mu)).repeat_interleave(count.long())  # the row of each single vote
@@ -195,7 +207,8 @@ def bootstrap(r, i, j, votes, mu, count, pair, l2, replicates, seed):
         times = torch.bincount(drawn, minlength=len(mu))  # how often each row is drawn
         votes = torch.bincount(pair, times, len(i))
         wins = torch.bincount(pair, times * mu, len(i))
-        fits.append(fit(i, j, votes, wins, len(r), l2, r, solve, 1e-8))
+        found = fit(i, j, votes, wins, len(r), l2, r, solve, 1e-8)
+        fits.append(found if l2 else at_its_limit(found, r, i, j, votes, wins))
     return torch.stack(fits)
 
 
@@ -209,17 +222,16 @@ def optimum(r, log_ref, beta):
 
 def forward_kl_optimum(r, log_ref, beta):
     """log pi, pi = beta pi_ref / (lambda - r), where E[r] - beta KL(pi_ref || pi) is maximal: (..., K). Here
-    GRPO as published stands still, since k3 in the loss has that KL's gradient. lambda by bisection.
+    GRPO as published stands still, since k3 in the loss has that KL's gradient. Newton's method from below.
     """
     mass = beta * log_ref.exp()
-    low = (r + mass).amax(-1, keepdim=True)
-    high = r.amax(-1, keepdim=True) + beta
+    behind = r.amax(-1, keepdim=True) - r
+    x = (mass - behind).amax(-1, keepdim=True)  # lambda less the largest reward
     for _ in range(100):
-        middle = (low + high) / 2
-        above = (mass / (middle - r)).sum(-1, keepdim=True) > 1
-        low = torch.where(above, middle, low)
-        high = torch.where(above, high, middle)
-    return torch.log_softmax(log_ref - (high - r).log(), -1)
+        pi = mass / (x + behind)
+        slope = (pi / (x + behind)).sum(-1, keepdim=True)
+        x = x + (pi.sum(-1, keepdim=True) - 1) / slope
+    return torch.log_softmax(log_ref - (x + behind).log(), -1)
 
 
 def kl(logp, logq):
@@ -240,7 +252,6 @@ def advantages(reward, p):
 
 def policy_loss(logp, old, r, log_ref, beta, kl_in="reward", clip_coef=math.inf, divide=False):
     """-E_old[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], rho = pi / old: Eq. 7 of arXiv:1707.06347, exact.
-
     REINFORCE without the clip: at pi = old its gradient is -E[A grad log pi], the log-derivative trick. A is
     the reward less its mean, with kl_in "reward" of r - beta log(pi / pi_ref); with "loss" beta k3 is added
     to the loss instead, and with divide A is in standard deviations: GRPO, Eqs. 1 to 3 of arXiv:2501.12948.
@@ -272,30 +283,11 @@ def train_policy(loss, log_ref, epochs, args):
     return logits.detach().log_softmax(0)
 
 
-def minimize(loss, x):
-    """The argument of a convex loss's minimum, by L-BFGS from x on."""
-    x = x.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([x], max_iter=1000, tolerance_grad=1e-12, tolerance_change=0.0,
-                                  line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss(x)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return x.detach()
-
-
 def dpo(r, log_ref, beta, i, j):
-    """log pi of DPO, Eq. 7 of arXiv:2305.18290, from the preferences mu = sigma(r_i - r_j) of pairs (E,) that
-    connect all arms: the minimum of bt_loss with the implicit reward beta log(pi / pi_ref).
-    """
+    """log pi of DPO: bt_loss of beta log(pi / pi_ref), Eq. 7 of arXiv:2305.18290, by `fit` from pi_ref on."""
     mu = torch.sigmoid(r[i] - r[j])
-    implicit_reward = lambda logits: beta * (logits.log_softmax(0) - log_ref)
-    loss = lambda logits: bt_loss(implicit_reward(logits), i, j, mu, torch.ones_like(mu))
-    return minimize(loss, log_ref).log_softmax(0)
+    implicit_reward = fit(i, j, torch.ones_like(mu), mu, len(r), start=0 * r)
+    return torch.log_softmax(log_ref + implicit_reward / beta, -1)
 
 
 def train_all(r, log_ref, i, j, args):
@@ -335,26 +327,13 @@ def known_world(args):
     return names, (i, j, for_i.double().mean(1), torch.ones_like(p)), r
 
 
-def counts_of(row, names):
-    """[(mu, number of votes), ...] of a row of votes between two arms of these names."""
-    outcome = str(row.get("outcome", row.get("winner")))
-    letters = {"a": 1, "model_a": 1, "b": 0, "model_b": 0}
-    known = letters | {names[0]: 1, names[1]: 0}
-    if outcome in ("a", "b") and known[outcome] != letters[outcome]:
-        fail(f"{row['_where']}: outcome {outcome!r} is the letter of one side and the name of the other")
-    if "wins_a" in row:
-        return [(1, row["wins_a"]), (0, row.get("wins_b")), (0.5, row.get("ties", 0))]
-    if "mu" not in row and outcome not in known and not outcome.startswith("tie"):
-        fail(f"{row['_where']}: outcome {outcome!r}: expected a, b, tie, or one of the arms {names}")
-    return [(row.get("mu", known.get(outcome, 0.5)), row.get("count", 1))]
-
-
 def load_votes(path):
     """(names, (i, j, mu, count), None), i < j, of rows with item_a and item_b, or model_a and model_b, and
     with outcome or winner (a, b, model_a, model_b, an arm's name, tie...), or mu from 1 (a wins) to 0, or
-    numbers of votes wins_a, wins_b and ties. Without these, a column count is the number of votes of a row.
+    numbers of votes wins_a, wins_b and ties. A column count is the number of votes of a row without these.
     """
     arms, votes = {}, []
+    letters = {"a": 1, "model_a": 1, "b": 0, "model_b": 0}
     for row in read_rows(path):
         where = row["_where"]
         sides = [row.get(f"item_{side}", row.get(f"model_{side}")) for side in "ab"]
@@ -364,7 +343,20 @@ def load_votes(path):
         a, b = (arms.setdefault(name, len(arms)) for name in names)
         if a == b:
             fail(f"{where}: {sides[0]!r} against itself")
-        for mu, count in counts_of(row, names):
+        outcome = str(row.get("outcome", row.get("winner")))
+        known = {**letters, names[0]: 1, names[1]: 0}
+        if outcome in ("a", "b") and known[outcome] != letters[outcome]:
+            fail(f"{where}: outcome {outcome!r} is the letter of one side and the name of the other")
+        counts = [(row.get("mu", known.get(outcome, 0.5)), row.get("count", 1))]
+        if "wins_a" in row:
+            counts = [
+                (1, row["wins_a"]),
+                (0, row.get("wins_b")),
+                (0.5, row.get("ties", 0)),
+            ]
+        elif "mu" not in row and outcome not in known and not outcome.startswith("tie"):
+            fail(f"{where}: outcome {outcome!r}: expected a, b, tie, or one of the arms {names}")
+        for mu, count in counts:
             if type(mu) not in (int, float) or not 0 <= mu <= 1:
                 fail(f"{where}: mu is {mu!r}; expected 1 (the first wins) to 0, with 0.5 a tie")
             if type(count) is not int or count < 0:
@@ -378,14 +370,14 @@ def load_votes(path):
 
 
 def leaderboard(names, r, errors, resampled, more):
-    """Rows {column: value}, the best arm first; low, high and ranks hold 95 % of the resampled fits."""
-    low, high = resampled.quantile(INTERVAL, dim=0)
-    ranks = resampled.argsort(1, descending=True).argsort(1) + 1.0
+    """Rows {column: value}, best first; low, high, ranks hold 95 % of the resampled fits, nan not counted."""
+    low, high = resampled.nanquantile(INTERVAL, dim=0)
+    low = low.where(low.abs() < 1e6, -math.inf)
+    high = high.where(high.abs() < 1e6, math.inf)
+    ranks = resampled.nan_to_num().argsort(1, descending=True).argsort(1) + 1.0
     best, worst = ranks.double().quantile(INTERVAL, dim=0)
-    columns = {
-        "reward": r, "se": errors, "low": low, "high": high,
-        "best_rank": best.long(), "worst_rank": worst.ceil().long(), **more,
-    }
+    columns = {"reward": r, "se": errors, "low": low, "high": high}
+    columns |= {"best_rank": best.long(), "worst_rank": worst.ceil().long(), **more}
     rows = []
     for k in r.argsort(descending=True).tolist():
         values = {name: column[k].item() for name, column in columns.items()}
@@ -420,7 +412,6 @@ def main(args: Args) -> dict:
     r = fit(*pairs, K, args.l2)
     resampled = bootstrap(r, *pairs[:3], mu, count, pair, args.l2, args.num_bootstrap, args.seed + 3)
     errors = standard_errors(r, *pairs[:3], args.l2) if K <= DENSE else resampled.std(0)  # no inverse there
-    # beside them in the table: how often each arm was voted on, the true rewards, and pi_ref
     more = {"votes": torch.bincount(torch.cat([i, j]), count.repeat(2)).long()}
     log_ref = torch.zeros(K).double()
     if true is not None:
@@ -452,7 +443,11 @@ def main(args: Args) -> dict:
     # 4. policies on these rewards, and how far below the optimum they are: by value, and by divergence
     best = optimum(r, log_ref, args.beta)
     J = lambda logp: objective(logp, r, log_ref, args.beta).item()
-    policies = {"pi_ref": (log_ref, log_ref), **train_all(r, log_ref, *pairs[:2], args), "pi*": (best, best)}
+    policies = {
+        "pi_ref": (log_ref, log_ref),
+        **train_all(r, log_ref, *pairs[:2], args),
+        "pi*": (best, best),
+    }
     print(f"\npolicies on these rewards, beta {args.beta:g}; the optimum has J = {J(best):.4f}\n{'':26}"
           "E[r]  KL(pi_ref)      J* - J beta KL(.|pi*)  predicted  max |dlog pi| to prediction")
     for name, (logp, goal) in policies.items():
@@ -473,15 +468,20 @@ def main(args: Args) -> dict:
         print(f"\nroot mean square error of the rewards {metrics['rmse']:.3f}; by the true ones their "
               f"optimal policy is {metrics['regret']:.4f} below the optimum")
 
-    # 5. files
+    # 5. files; null where there is no bound, for JSON has no infinity
+    for row in board:
+        for key in ("se", "low", "high"):
+            if not abs(row[key]) < 1e6:
+                row[key] = None
     with open(run / "leaderboard.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, board[0])
         writer.writeheader()
         writer.writerows(board)
-    record = {**asdict(args), "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
+    seconds = round(time.time() - start, 1)
+    record = {**asdict(args), "torch": torch.__version__, "seconds": seconds}
     for name, content in (("args", record), ("metrics", metrics), ("leaderboard", board)):
         (run / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"leaderboard and metrics are in {run}; {record['seconds']} s. Picture:\n"
+    print(f"leaderboard and metrics are in {run}; {seconds} s. Picture:\n"
           f"  python benchmarks/bandit_lessons.py --picture {run}")
     return metrics
 

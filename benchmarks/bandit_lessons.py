@@ -25,7 +25,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bandit_bt  # noqa: E402
-from bandit_bt import fit, kl, known_world, minimize, optimum, pairs_of, policy_loss  # noqa: E402
+from bandit_bt import fit, kl, known_world, optimum, pairs_of, policy_loss  # noqa: E402
 from common import fail  # noqa: E402
 
 CYCLE = torch.tensor([
@@ -96,6 +96,22 @@ def reinforce_errors(r, log_ref, beta, generator):
 
 
 # ---- 3. Rankings ----
+
+
+def minimize(loss, x):
+    """The argument of a convex loss's minimum, by L-BFGS from x on."""
+    x = x.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([x], max_iter=1000, tolerance_grad=1e-12, tolerance_change=0.0,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(x)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return x.detach()
 
 
 def ranking_loss(r, rankings):
@@ -247,6 +263,10 @@ def draw_picture(run):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
 
     places = range(len(board))
+    # Where an interval has no bound its line ends one beyond all rewards.
+    ends = {"low": min(columns["reward"]) - 1, "high": max(columns["reward"]) + 1}
+    for key, end in ends.items():
+        columns[key] = [end if bound is None else bound for bound in columns[key]]
     left.hlines(places, columns["low"], columns["high"])
     left.plot(columns["reward"], places, "o", markersize=4, label="fitted, with 95 % interval (bootstrap)")
     if "true" in board[0]:

@@ -1,6 +1,7 @@
 """Two verifiable rewards for GSM8K and other data with a number as the answer, called as TRL calls them:
 fn(prompts, completions, answer, **columns) -> list of floats, 1 for right and 0 for wrong. `answer` is a
-data column: "18", or a whole solution that ends with "#### 18". Plain Python, no dependency.
+data column: "18", "$1,234", "\\boxed{18}", or a whole solution that ends with "#### 18". Another reference
+than a number alone, as "1/2", is an error. Plain Python, no dependency.
 
 Say which of the two a figure comes from. A published run of Qwen2.5-1.5B-Instruct (github.com/abhishuoza) has
 1.7 % by its strict and 38.3 % by its lenient rule before training, 48.7 % and 55.0 % after it: the format is
@@ -36,19 +37,35 @@ def last_number(text: str) -> Decimal | None:
     return value((NUMBER.findall(text) or [None])[-1])
 
 
+def number_alone(text: str) -> Decimal | None:
+    """The number that is the whole text, but for spaces around it and, right behind it, "%" or "."."""
+    text = text.strip().removesuffix(".").removesuffix("%")
+    return value(text if NUMBER.fullmatch(text) else None)
+
+
 def final_answer(text: str) -> Decimal | None:
-    """The number behind the last "####", if nothing but it and, right behind it, "%" or "." follows there."""
+    """The number behind the last "####", if nothing else follows there."""
     _, marker, rest = text.rpartition("####")
-    rest = rest.strip().removesuffix(".").removesuffix("%")
-    return value(rest if marker and NUMBER.fullmatch(rest) else None)
+    return number_alone(rest) if marker else None
+
+
+def reference(answer) -> Decimal | None:
+    """The number of the data, which may stand behind "####", between dollars, in a box. There is none in
+    "1/2": its last number would pay "2".
+    """
+    text = str(answer).rpartition("####")[2].strip().removesuffix(".")
+    text = text.strip("$")  # LaTeX's, or one of money
+    if text.startswith("\\boxed{") and text.endswith("}"):
+        text = text[len("\\boxed{") : -1]
+    return number_alone(text)
 
 
 def compare(extract, completions, answers) -> list[float]:
     """1 where the number that `extract` finds equals the reference, 0 where it does not or finds none."""
     texts = [text if isinstance(text, str) else text[-1]["content"] or "" for text in completions]
-    right = [last_number(str(answer).rpartition("####")[2]) for answer in answers]
+    right = [reference(answer) for answer in answers]
     if None in right:
-        raise ValueError(f"no number in the answer {str(answers[right.index(None)])[:60]!r}")
+        raise ValueError(f"no number in the answer {str(answers[right.index(None)])[:60]!r}, or not it alone")
     return [float(extract(text) == number) for text, number in zip(texts, right, strict=True)]
 
 

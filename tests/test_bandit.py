@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 
 import bandit_bt as bt
+from bandit_lessons import minimize
 
 SMALL = {"num_votes": 600, "num_bootstrap": 20, "num_steps": 40}
 
@@ -263,9 +264,12 @@ def test_no_optimum_says_which():
 
 def test_reached_is_what_a_walk_from_arm_0_finds():
     sources, targets = torch.tensor([0, 2, 2, 3, 5]), torch.tensor([2, 4, 0, 1, 0])
-    assert bt.reached(sources, targets, 6).tolist() == [True, False, True, False, True, False]
-    assert bt.reached(targets, sources, 6).tolist() == [True, False, True, False, False, True]
-    assert bt.reached(sources[:0], targets[:0], 3).tolist() == [True, False, False]
+    yes, no = torch.ones(5, dtype=bool), torch.zeros(5, dtype=bool)
+    for walk in ((0, sources, targets, yes, no, 6), (0, targets, sources, no, yes, 6)):
+        assert bt.reached(*walk).tolist() == [True, False, True, False, True, False]
+    assert bt.reached(0, sources, targets, no, yes, 6).tolist() == [True, False, True, False, False, True]
+    assert bt.reached(3, sources, targets, yes, no, 6).tolist() == [False, True, False, True, False, False]
+    assert bt.reached(0, sources, targets, no, no, 6).tolist() == [True] + [False] * 5
 
 
 def test_no_optimum_by_brute_force():
@@ -422,16 +426,108 @@ def test_bootstrap_without_some_arms(dense, monkeypatch):
     (i, j, mu, count), _ = random_votes(5, 300, seed=32)
     votes = tuple(map(torch.cat, zip((i, j, mu, count), votes_of([(0, 5, 1), (1, 5, 0)]))))
     _, _, replicates = resampled(votes, 6, 40, seed=33)
-    assert replicates.isfinite().all() and replicates[:, :5].abs().max() < 15
+    assert replicates[:, :5].abs().max() < 5
     generator, absent = seeded(33), 0
     for replicate in replicates:
         drawn = torch.randint(302, (302,), generator=generator)
-        if (drawn < 300).all():
-            absent += 1
-            others = replicate[:5] - replicate[:5].mean()
-            assert (others - fitted(tuple(x[drawn] for x in votes), 5)).abs().max() < 1e-5
-            assert replicate[5].abs() < 5
+        won, lost = (drawn == 300).any(), (drawn == 301).any()  # arm 0 over arm 5, arm 5 over arm 1
+        others = fitted(tuple(x[drawn[drawn < 300]] for x in votes), 5)
+        if not won or not lost:
+            assert (replicate[:5] - replicate[:5].mean() - others).abs().max() < 1e-5
+        absent += not won and not lost
+        above, below, unknown = replicate[5] > 1e8, replicate[5] < -1e8, replicate[5].isnan()
+        assert [above, below, unknown] == [lost and not won, won and not lost, not won and not lost]
     assert absent > 0
+
+
+def reference_limit(votes, K, r):
+    """By brute force: components of the graph of wins by Floyd and Warshall; the middle one is fitted by itself."""
+    i, j, mu, _ = votes
+    lead = torch.eye(K, dtype=bool)
+    for a, b, m in zip(i.tolist(), j.tolist(), mu.tolist()):
+        lead[a, b] |= m > 0
+        lead[b, a] |= m < 1
+    for k in range(K):
+        lead |= lead[:, k, None] & lead[k]
+    up, down = 2 * lead.sum(1) > K, 2 * lead.sum(0) > K
+    want = torch.full((K,), math.nan).double()
+    want[up & ~down], want[down & ~up] = math.inf, -math.inf
+    middle = (up & down).nonzero()[:, 0].tolist()
+    if middle:
+        assert lead[middle][:, middle].all()
+        rows = [(middle.index(a), middle.index(b), m) for a, b, m in zip(i.tolist(), j.tolist(), mu.tolist())
+                if a in middle and b in middle]  # fmt: skip
+        inner = fitted(votes_of(rows), len(middle)) if rows else torch.zeros(1).double()
+        want[middle] = inner + r[middle].mean()
+    return want
+
+
+def infinite(x):
+    return x.where(~(x.abs() > bt.FAR / 2), math.inf * x.sign())
+
+
+def test_replicates_without_an_optimum_are_at_their_limits():
+    """Few votes: each draw against brute force, whichever arms are infinite, in the middle, or unknown."""
+    seen = {"finite": 0, "inf": 0, "-inf": 0, "nan": 0, "no middle": 0}
+    for seed in range(12):
+        K = 2 + seed % 6
+        (i, j, mu, count), _ = random_votes(K, [K, 4 * K][seed % 2], seed=700 + seed, voters=1)
+        ring = votes_of([(k, (k + 1) % K, 1) for k in range(K)])
+        votes = tuple(map(torch.cat, zip((i, j, mu, count), ring)))
+        r, _, replicates = resampled(votes, K, 20, seed=seed)
+        generator = seeded(seed)
+        for replicate in replicates:
+            drawn = torch.randint(len(votes[0]), (len(votes[0]),), generator=generator)
+            want = reference_limit(tuple(x[drawn] for x in votes), K, r)
+            assert torch.allclose(infinite(replicate), want, atol=1e-4, rtol=0, equal_nan=True)
+            for name in ("inf", "-inf", "nan"):
+                seen[name] += [str(x) for x in want.tolist()].count(name)
+            seen["finite"] += int(want.isfinite().all())
+            seen["no middle"] += not want.isfinite().any()
+    assert min(seen.values()) > 3, seen
+
+
+def never_loses(x_wins=20):
+    """x over y once less than always; y and z are equal: in a third of the draws x never loses."""
+    return votes_of([(0, 1, 1, x_wins), (1, 0, 1, 1), (1, 2, 1, 14), (2, 1, 1, 14)])
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-8, 1e-11])
+def test_a_bound_is_infinite_whatever_the_tolerance_of_a_fit(tolerance, monkeypatch):
+    """Of the arm that never loses in some draws, and of no other. Without this arm the others' bounds are nearly the same."""
+    inner = bt.fit
+    monkeypatch.setattr(bt, "fit", lambda *args: inner(*args[:8], tolerance) if len(args) == 9 else inner(*args))
+    r, _, replicates = resampled(never_loses(), 3, 400, seed=3)
+    rows = {row["arm"]: row for row in bt.leaderboard(["x", "y", "z"], r, r, replicates, {})}
+    assert rows["x"]["high"] == math.inf and 1 < rows["x"]["low"] < r[0] and rows["x"]["worst_rank"] == 1
+    for name in "yz":
+        assert -2.5 < rows[name]["low"] < rows[name]["high"] < 0 and rows[name]["best_rank"] == 2
+    turned = bt.leaderboard(["x", "y", "z"], -r, r, -replicates, {})
+    assert turned[2]["low"] == -math.inf and turned[2]["high"] == -rows["x"]["low"]
+
+
+def test_infinite_bounds_contain_the_estimate():
+    """A chain of 99:1, whose draws break at every third link: nothing but the ranks is bounded."""
+    votes = votes_of([(k, k + 1, mu, n) for k in range(14) for mu, n in ((1, 99), (0, 1))])
+    r, _, replicates = resampled(votes, 15, 100, seed=5)
+    rows = bt.leaderboard([str(k) for k in range(15)], r, r, replicates, {})
+    assert [row["arm"] for row in rows] == [str(row["best_rank"] - 1) for row in rows]
+    for row in rows:
+        assert row["low"] <= row["reward"] <= row["high"] and row["worst_rank"] == row["rank"]
+    assert rows[0]["high"] == math.inf and rows[14]["low"] == -math.inf
+
+
+def test_an_unbounded_interval_in_the_files(tmp_path, capsys):
+    """inf on the screen, null in JSON, an empty cell in the table."""
+    run = tmp_path / "run"
+    rows = [{**X, "wins_a": 20, "wins_b": 1}, {"item_a": "y", "item_b": "z", "wins_a": 14, "wins_b": 14}]
+    bt.main(bt.Args(dataset=written(tmp_path, rows), output_dir=str(run), **{**SMALL, "num_bootstrap": 200}))
+    board = json.loads((run / "leaderboard.json").read_text(), parse_constant=no_constant)
+    assert board[0]["arm"] == "x" and board[0]["high"] is None and board[0]["low"] > 0.5
+    assert None not in board[1].values() and None not in board[2].values()
+    with open(run / "leaderboard.csv", newline="") as file:
+        assert [row["high"] == "" for row in csv.DictReader(file)] == [True, False, False]
+    assert f"{board[0]['low']:.3f} to    inf" in capsys.readouterr().out
 
 
 # ---- Optima ----
@@ -630,7 +726,7 @@ def test_dpo_on_votes_is_the_optimum_of_fitted_rewards():
     (votes, _), beta = random_votes(6, 300, seed=73), 0.4
     ref = torch.log_softmax(noise(6, seed=74), 0)
     implicit = lambda x: beta * (torch.log_softmax(x, 0) - ref)
-    logp = torch.log_softmax(bt.minimize(lambda x: bt.bt_loss(implicit(x), *votes), ref), 0)
+    logp = torch.log_softmax(minimize(lambda x: bt.bt_loss(implicit(x), *votes), ref), 0)
     r = fitted(votes, 6)
     assert (logp - bt.optimum(r, ref, beta)).abs().max() < 1e-5
     secret = beta * (logp - ref)

@@ -389,7 +389,10 @@ def test_picture(name, runs, monkeypatch):
     assert rewards["fitted"] == [row["reward"] for row in board]
     assert rewards.get("true") == ([row["true"] for row in board] if name == "known" else None)
     intervals = [(low, high) for (low, _), (high, _) in left.collections[0].get_segments()]
-    assert intervals == [(row["low"], row["high"]) for row in board]
+    rewards = [row["reward"] for row in board]
+    ends = min(rewards) - 1, max(rewards) + 1  # of an interval without a bound
+    bounds = [(row["low"], row["high"]) for row in board]
+    assert intervals == [tuple(x if x is not None else end for x, end in zip(row, ends)) for row in bounds]
 
     frontier, *methods = right.lines
     points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in methods}

@@ -11,7 +11,15 @@ from conftest import ROOT
 from convert import LAYOUTS, convert
 from tiny_runs import write
 
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
 TALK = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+TALK_OF_OURS = [said("user", "hi"), said("assistant", "hello")]
+SYSTEM = said("system", "s")
 CASES = [
     ({"question": "1+1?", "answer": "#### 2"}, [{"prompt": "1+1?", "completion": "#### 2", "answer": "#### 2"}]),
     ({"instruction": "add", "input": "1 1", "output": "2"}, [{"prompt": "add\n\n1 1\n\n", "completion": "2"}]),
@@ -41,6 +49,30 @@ CASES = [
      [{"prompt": "q", "completions": ["a", "b", "c"], "ranking": [2, 1, 2]}]),
     ({"prompt": "q", "completion": "a", "label": True}, [{"prompt": "q", "completion": "a"}]),
     ({"prompt": "q", "completion": "a", "label": False}, []),
+    ({"prompt": "q", "completion": "a", "label": 1}, [{"prompt": "q", "completion": "a"}]),
+    ({"prompt": "q", "completion": "a", "label": 0}, []),
+    ({"prompt": "q", "completion": "a", "label": -1}, []),
+    ({"prompt": "q", "completion": "a", "label": "False"}, []),
+    ({"prompt": "q", "completion": "a", "label": "True"}, [{"prompt": "q", "completion": "a"}]),
+    ({"instruction": "greet", "input": "", "output": "hi", "system": "s", "history": []},
+     [{"prompt": [SYSTEM, said("user", "greet\n\n")], "completion": [said("assistant", "hi")], "history": []}]),
+    ({"instruction": "greet", "output": "hi", "system": ""}, [{"prompt": "greet\n\n", "completion": "hi", "system": ""}]),
+    ({"conversations": TALK, "system": "s"}, [{"messages": [SYSTEM, *TALK_OF_OURS]}]),
+    ({"conversations": TALK, "system_prompt": "s"}, [{"messages": [SYSTEM, *TALK_OF_OURS]}]),
+    ({"conversations": [{"from": "system", "value": "s"}, *TALK], "system_prompt": None},
+     [{"messages": [SYSTEM, *TALK_OF_OURS], "system_prompt": None}]),
+    ({"conversations": TALK_OF_OURS}, [{"messages": TALK_OF_OURS}]),
+    ({"conversations": ["hi", "hello", "bye"], "source": "x"},
+     [{"messages": [*TALK_OF_OURS, said("user", "bye")], "source": "x"}]),
+    ({"conversations": TALK[:1], "chosen": TALK[1], "rejected": {"from": "gpt", "value": "no"}},
+     [{"prompt": TALK_OF_OURS[:1], "chosen": TALK_OF_OURS[1:], "rejected": [said("assistant", "no")]}]),
+    ({"system": "s", "question": "q", "chosen": "x", "rejected": "y"},
+     [{"prompt": [SYSTEM, said("user", "q")], "chosen": [said("assistant", "x")], "rejected": [said("assistant", "y")]}]),
+    ({"input": "q", "chosen": "x", "rejected": "y"}, [{"prompt": "q", "chosen": "x", "rejected": "y"}]),
+    ({"system": None, "question": "q", "chosen": "x", "rejected": "y"},
+     [{"system": None, "prompt": "q", "chosen": "x", "rejected": "y"}]),
+    ({"question": "1+1?", "answer": "#### 2", "context": []},
+     [{"prompt": "1+1?", "completion": "#### 2", "answer": "#### 2", "context": []}]),
     ({"model_a": "x", "model_b": "y", "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1},
      [{"item_a": "x", "item_b": "y", "outcome": "tie"}]),
     ({"model_a": "x", "model_b": "y", "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
@@ -62,7 +94,24 @@ def test_every_layout_has_a_case():
     ({"prompt": "q", "colour": "red"}, ["no known layout", "colour"]),
     ({"input": "q", "output_1": "x", "output_2": "y", "label": 3}, ["llmbar"]),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["no conversion"]),
-    ({"conversations": [{"role": "user"}]}, ["sharegpt"]),
+    ({"conversations": [{"text": "hi"}]}, ["sharegpt", "['text']", "from and value, or role and content"]),
+    ({"conversations": [{"from": "human"}]}, ["sharegpt", "value"]),
+    ({"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: b"}, ["needs no conversion"]),
+    ({"prompt": "q", "chosen": TALK_OF_OURS, "rejected": TALK_OF_OURS}, ["no conversion"]),
+    ({"prompt": "q", "completion": "a", "source": "x"}, ["needs no conversion"]),
+    ({"messages": TALK_OF_OURS}, ["needs no conversion"]),
+    ({"messages": TALK_OF_OURS, "system": "s"}, ["['system']", "left out"]),
+    ({"question": "q", "answer": {"value": "x"}}, ["gsm8k", "no text"]),  # TriviaQA
+    ({"prompt": "q", "completion": "a", "label": "maybe"}, ["kto", "maybe"]),
+    ({"prompt": "q", "completion": "a", "label": None}, ["kto", "none"]),
+    ({"question": "2+2?", "options": ["3", "4"], "answer": "B", "answer_index": 1}, ["['options']", "left out"]),  # MMLU-Pro
+    ({"article": "Long.", "question": "Who?", "options": ["x", "y"], "answer": "A"}, ["['article', 'options']"]),  # RACE
+    ({"question": "2+2?", "choices": ["3", "4"], "answer": "1"}, ["['choices']"]),  # MMLU
+    ({"question": "q", "answer": "yes", "context": {"title": ["a"]}}, ["['context']"]),  # HotpotQA
+    ({"question": "q", "passage": "text", "answer": "yes"}, ["['passage']"]),  # BoolQ
+    ({"question": "q", "answer": "a", "system": "s"}, ["['system']"]),
+    ({"instruction": "i", "output": "o", "history": [["a", "b"]]}, ["['history']"]),  # LLaMA-Factory
+    ({"conversations": [{"from": "system", "value": "t"}, *TALK], "system": "s"}, ["['system']"]),
 ])
 def test_a_row_of_no_known_layout_is_refused(capsys, row, words):
     with pytest.raises(SystemExit) as stop:

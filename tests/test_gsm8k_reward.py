@@ -154,6 +154,23 @@ def test_a_reference_without_a_number_is_an_error():
         gsm8k.lenient(["?", "?"], ["18", "18"], ["18"])
 
 
+@pytest.mark.parametrize("answer, number", [
+    ("$18", 18), ("1,234", 1234), ("\\boxed{12}", 12), ("$\\boxed{1,200}$", 1200), ("$12$", 12), ("-3", -3),
+    ("-$5", -5), ("She has 9.\n#### $1,234", 1234), ("50%", 50), (" 18.\n", 18), ("\\boxed{18}.", 18), (3.5, 3.5),
+    ("So 2\n#### \\boxed{7}", 7), ("1/2", None), ("\\frac{3}{4}", None), ("2\\sqrt{3}", None), ("3 or 4", None),
+    ("18 dollars", None), ("x = 3", None), ("\\boxed{1/2}", None), ("\\boxed{12", None), ("12}", None), ("(1, 2)", None),
+    ("1:2", None), ("10-3", None), ("3^2", None), ("$5-$3", None), ("Step 1\n#### 1/2", None), ([1, 2], None),
+])  # fmt: skip
+def test_a_reference_is_one_number_or_an_error(answer, number):
+    """Of "1/2" the last number would pay "#### 2", and the right answer nothing."""
+    for reward in (gsm8k.strict, gsm8k.lenient):
+        if number is None:
+            with pytest.raises(ValueError, match="no number in the answer"):
+                reward(["?"], ["#### 2"], [answer])
+        else:
+            assert reward(["?"] * 2, [f"#### {number}", f"#### {number}1"], [answer] * 2) == [1.0, 0.0]
+
+
 def test_every_spelling_of_a_number_is_that_number():
     """Against exact fractions: what a number is written from is what it is read as, and nothing else is."""
     draw = random.Random(0)
