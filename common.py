@@ -755,7 +755,7 @@ def renderer(tokenizer, row, messages, eos_ids=()):
             for end in ends:
                 if end in message["role"] + message["content"] and "_sampled" not in row:
                     raise ValueError(f"message {i + 1} holds {end}, which would end it")
-            marked.append({**message, "content": message["content"] + f"<message {i}>"})
+            marked.append(message | {"content": message["content"] + f"<message {i}>"})
         text = render(marked)
         beside = {"tool_calls", "function_call", "reasoning_content", "thinking", "weight"}
         for i, message in enumerate(messages):
@@ -920,7 +920,7 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
     flat = []
     for row in rows:
         make_comparison(row)
-        flat += [{**row, "completion": answer} for answer in row["completions"]]
+        flat += [row | {"completion": answer} for answer in row["completions"]]
     encoded = iter(encode(tokenizer, flat, eos_ids, max_length))  # together: a prompt is tokenized once
     comparisons = []
     for row in rows:
@@ -1129,7 +1129,7 @@ def load_reward(spec, tokenizer, eos_ids, args, device, autocast):
             if isinstance(row.get("prompt"), list):
                 answer = tokenizer.decode(body, skip_special_tokens=True)
                 turn = {"role": "assistant", "content": answer.rstrip()}  # a template may end it by a newline
-                chat = {**row, "completion": [turn], "_sampled": True}
+                chat = row | {"completion": [turn], "_sampled": True}
                 (encoded,) = encode(own_tokenizer, [chat], own_ids, 1 << 30)
                 text, _ = encoded
             texts.append(text)
@@ -1443,7 +1443,7 @@ class Run:
         with blame(f"--output-dir {self.folder}"):
             for file, rows in zip(self.logs, ([metrics], samples)):
                 for row in rows:
-                    line = json.dumps({"step": step, **row})
+                    line = json.dumps({"step": step} | row)
                     file.write(line + "\n")
                 file.flush()
 
