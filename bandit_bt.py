@@ -284,7 +284,7 @@ def train_policy(loss, log_ref, epochs, args):
 
 
 def dpo(r, log_ref, beta, i, j):
-    """log pi of DPO: bt_loss of beta log(pi / pi_ref), Eq. 7 of arXiv:2305.18290, by `fit` from pi_ref on."""
+    """log pi of DPO, Eq. 7 of arXiv:2305.18290: bt_loss of its implicit reward beta log(pi / pi_ref)."""
     mu = torch.sigmoid(r[i] - r[j])
     implicit_reward = fit(i, j, torch.ones_like(mu), mu, len(r), start=0 * r)
     return torch.log_softmax(log_ref + implicit_reward / beta, -1)
