@@ -467,7 +467,7 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
             hidden, head["weight"] = _autocast(cache.step(token), head["weight"])
             with torch.autocast(device.type, enabled=False):  # fp32 logits, as in scoring
                 z = _logits(hidden, **head, temperature=temperature or 1.0)  # (rows, V)
-            if temperature == 0:
+            if not temperature:
                 token = z.argmax(-1)
                 logp = z.gather(1, token[:, None]).flatten() - z.logsumexp(1)
             else:
@@ -713,7 +713,7 @@ def read_rows(path, *layouts, split="train"):
             is_talk = isinstance(value, list) and all(isinstance(message, dict) for message in value)
             if name in TEXTS and not (is_text or is_talk) or name in UNREAD and value:
                 fail(f"{where}: {name}: expected text or messages of role and content: see data/convert.py")
-        result.append({**row, "_where": where})
+        result.append(row | {"_where": where})
     return result or fail(f"{path}: no rows")
 
 def split_rows(dataset, eval_dataset, *layouts):
@@ -1209,8 +1209,7 @@ def sample_all(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0)
 
 @torch.no_grad()
 def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
-    """A scored response to each (row, prompt ids), on the CPU: a batch with ref_logprobs, and episodes (B,):
-    rewards less --missing-eos-penalty, kl and entropy in nats, lengths, finished; scores (B, K rewards)."""
+    """Responses to (row, prompt ids), on the CPU: a batch with ref_logprobs; of each its rewards, kl, ..."""
     rows, prompts = map(list, zip(*rows))
     with autocast():
         batch = sample_all(policy, prompts, args.max_new_tokens, eos_ids, args.temperature, seed)
@@ -1425,7 +1424,8 @@ class Run:
     def stop(self, number, frame):
         self.stopped = number  # after this step; a second signal ends the run at once
         if ranks()[1] == 1:  # torchrun sends several, and ends us itself after 30 s
-            signal.signal(number, self.handlers[number])
+            is_notebook = hasattr(sys, "ps1")  # or a prompt: the process goes on
+            signal.signal(number, self.handlers[number] if is_notebook else signal.SIG_DFL)
 
     def check(self, step, name, value):
         flags = "--learning-rate"

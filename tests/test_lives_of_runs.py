@@ -138,8 +138,9 @@ def wait_for(condition, seconds):
 
 
 @scripts("grpo")
-def test_what_follows_a_failed_run_has_its_ctrl_c(script, tiny, rewards, capsys):
+def test_what_follows_a_failed_run_has_its_ctrl_c(script, tiny, rewards, capsys, monkeypatch):
     """In a notebook or at a prompt, where the process goes on: one signal may still be the run's, none kills."""
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit):
