@@ -20,7 +20,7 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -190,6 +190,9 @@ def main(args: Args) -> dict:
     print(f"{args.arms} arms, {args.votes} votes: {machine['cpu']}, {machine['cores']} cores, one thread; "
           + ", ".join(f"{name} {number}" for name, number in versions.items()), flush=True)
     rows, table = agreement(args, choix, evalica), times(args, choix, evalica)
+    few = {"arms": 50, "votes": 20_000, "replicates": 20}
+    print(*few.values(), "arms, votes, draws of the bootstrap")
+    smaller = times(replace(args, **few), choix, evalica)
     worst = max(max(row["choix"], row["evalica"]) for row in rows)
     lines = [f"largest difference of a reward {worst:.1e} (target <= 1e-6)",
              *(f"fit {what}: {table[what]['ratio']:.2f} times as fast (target >= 1)"
@@ -197,7 +200,9 @@ def main(args: Args) -> dict:
              f"bootstrap: {table['bootstrap']['ratio']:.2f} times as fast (target >= 5)"]
     print(*lines, sep="\n")
     result = {"args": asdict(args), "python": platform.python_version(), "hardware": machine,
-              "versions": versions, "agreement": rows, "times": table, "checks": lines}
+              "versions": versions, "agreement": rows, "times": table, "checks": lines,
+              "smaller": few | {"choix seconds / ours, from wins": smaller["from wins"]["ratio"],
+                                "evalica bootstrap / ours": smaller["bootstrap"]["ratio"]}}
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     return result
