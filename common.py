@@ -428,14 +428,13 @@ def pick(weights, noise):
     return place.clamp(max=weights.shape[1] - 1), ends
 
 def draw(z, noise):
-    """Tokens of softmax(z) and their log-probs, (B,) each, by the noise, (B,) in [0, 1); z (B, V) is used up.
-    Of a large vocabulary first a block of 64 tokens is drawn, and then one of these."""
+    """Tokens of softmax(z) and their log-probs, (B,) each, by noise (B,) in [0, 1); z (B, V) is used up."""
     p = z.sub_(z.amax(1, keepdim=True)).exp_()
     V = p.shape[1]
     noise = noise[:, None]
     if V <= 4096:
         token, ends = pick(p, noise)
-    else:
+    else:  # first a block of 64 tokens is drawn, and then one of these
         blocks = F.pad(p, (0, -V % 64)) if V % 64 else p
         blocks = blocks.unflatten(1, (-1, 64))
         masses = blocks.sum(2)  # (B, V / 64)
@@ -708,11 +707,11 @@ def read_rows(path, *layouts, split="train"):
             json.dumps(row, ensure_ascii=False, default=str).encode()  # half of a surrogate pair is no text
         if not any(row.keys() >= set(layout.split()) for layout in layouts or [""]):
             fail(f"{where}: needs {' | '.join(layouts)}; has {sorted(row)}: see data/convert.py")
-        for name, value in row.items():
+        for name, value in row.items() if layouts else ():
             is_text = isinstance(value, str) and not WRITTEN_LIST.match(value)
             is_talk = isinstance(value, list) and all(isinstance(message, dict) for message in value)
             if name in TEXTS and not (is_text or is_talk) or name in UNREAD and value:
-                fail(f"{where}: {name}: expected text or messages of role and content: see data/convert.py")
+                fail(f"{where}: {name}: read are text or messages of role and content: see data/convert.py")
         result.append(row | {"_where": where})
     return result or fail(f"{path}: no rows")
 
@@ -742,13 +741,13 @@ def renderer(tokenizer, row, messages, eos_ids=()):
     ends = [tokenizer.eos_token or "\0", *tokenizer.convert_ids_to_tokens(eos_ids)]
     with blame(f"{row['_where']}: expected messages with role and content that the chat template renders"):
         tools = row.get("tools") or None
-        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # in place of today's date
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"  # in place of today's date
         template += tokenizer.get_chat_template(tools=tools)
         render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False, chat_template=template,
                          **(row.get("chat_template_kwargs") or {}))
         marked = []
         for i, message in enumerate(messages):
-            if isinstance(message["content"], list):  # of parts
+            if isinstance(message.get("content"), list):  # of parts
                 message["content"] = "".join(part["text"] for part in message["content"]) or None
             if message.get("tool_calls"):
                 message["content"] = message.get("content") or ""
@@ -764,7 +763,7 @@ def renderer(tokenizer, row, messages, eos_ids=()):
             for name in beside & message.keys():
                 without = list(marked)
                 without[i] = {**marked[i], name: None}
-                if message[name] not in (None, "", []) and render(without) == text:
+                if message[name] not in (None, "", [], 1) and render(without) == text:
                     raise ValueError(f"{name} of message {i + 1} is left out")
         if tools and text == render(marked, tools=None):
             raise ValueError("the tools are left out")
@@ -781,8 +780,6 @@ def segments_of(tokenizer, row, eos_ids, completion):
         return [(part, k == len(parts) - 1, False) for k, part in enumerate(parts)]
     if types != {list}:
         fail(f"{where}: {' and '.join(names)} must be text, or lists of messages with role and content")
-    if parts[1:] and parts[1][:1] == parts[0][:1]:
-        fail(f"{where}: {names[1]} repeats the prompt")
     messages = sum(parts, [])
     render = renderer(tokenizer, row, messages, eos_ids)
     segments, done = [], ""
@@ -794,11 +791,12 @@ def segments_of(tokenizer, row, eos_ids, completion):
             before = render(messages[:i], add_generation_prompt=True)
             after = render(messages[: i + 1])
         if "_sampled" in row and not after.startswith(before):  # it is scored all the same
-            before = render(messages[:i])
+            before = os.path.commonprefix([render(messages[:i]), after])
         elif not (before.startswith(done) and after.startswith(before)):
             fail(f"{where}: the chat template rewrites the turns before {i + 1}: give them as prompt")
         turn = after[len(before) :]
-        left_out = [word for word in messages[i]["content"].split() if word not in turn]
+        words = re.split(r"\s+|(?<=>)|(?=<)", messages[i]["content"])
+        left_out = [word for word in words if word not in before[-20:] + turn]
         if left_out and "_sampled" not in row:
             fail(f"{where}: the chat template leaves out {left_out[0]!r} of message {i + 1}")
         segments.append((before[len(done) :], False, True))
@@ -829,7 +827,8 @@ def encode(tokenizer, rows, eos_ids, max_length, completion="completion"):
     distinct = list(dict.fromkeys(texts))  # both sides of a pair have one prompt
     ids_of = {}
     for i in range(0, len(distinct), 1000):  # fast, and small
-        ids_of.update(zip(distinct[i : i + 1000], bare(distinct[i : i + 1000])))
+        part = distinct[i : i + 1000]
+        ids_of.update(zip(part, bare(part)))
     pieces = map(ids_of.get, texts)
     result, num_cut = [], 0
     for row, parts in zip(rows, segments):
@@ -940,7 +939,8 @@ def load_comparisons(tokenizer, rows, eos_ids, max_length):
 def load_prompts(tokenizer, rows, max_prompt_length):
     """Rows to [(row with the columns of all, ids of its prompt), ...] without those that are too long."""
     bare, begin = words_of(tokenizer)
-    columns, prompts = dict.fromkeys(name for row in rows for name in row), []
+    columns = dict.fromkeys(name for row in rows for name in row)
+    prompts = []
     for row in tqdm(rows, "prompts", delay=3, disable=None):
         prompt = row["prompt"]
         if isinstance(prompt, str):
@@ -1230,12 +1230,13 @@ def rollout(policy, reference, score, rows, eos_ids, args, autocast, seed):
 def reward_function(spec, tokenizer, device):
     """score() of file.py:function, which is called as TRL does, with texts or messages; NaN for its None."""
     file, _, name = spec.rpartition(":")
+    sys.path.append(str(Path(file).resolve().parent))  # for what it imports
     own_name = Path(file).stem.replace(".", "_")  # by which workers that are no forks import it
-    if importlib.util.find_spec(own_name):  # another module has it
+    found = importlib.util.find_spec(own_name)
+    if found and found.origin != os.path.abspath(file):  # another module has it
         own_name = spec.replace(".", "_")
     source = importlib.util.spec_from_file_location(own_name, file)
-    module = sys.modules[source.name] = importlib.util.module_from_spec(source)
-    sys.path.append(str(Path(file).resolve().parent))  # for what it imports
+    module = sys.modules.setdefault(own_name, importlib.util.module_from_spec(source))
     with blame(f"--reward {spec}", file):
         source.loader.exec_module(module)
         function = getattr(module, name)
@@ -1273,7 +1274,7 @@ def check_flags(args):
         total_episodes lora_rank""".split()
     for name, value in asdict(args).items():
         limit = 1 << 53 if isinstance(value, int) else math.inf
-        is_good = value == 0 and name in may_be_0
+        is_good = not value and name in may_be_0
         if type(value) in (int, float) and not (is_good or 0 < value < limit):
             fail(f"--{name.replace('_', '-')} is {value}: out of range")
     if args.batch_size > args.micro_batch_size and args.batch_size % args.micro_batch_size:
@@ -1288,6 +1289,7 @@ def make_first(path, default, script):
         print(f"{path} does not exist yet: running {script}, which makes it")
         module = importlib.import_module(file.stem)
         module.main(module.Args())
+        over_ranks(torch.zeros(1))  # it has been written
 
 def learning_rate(args, step, num_steps):
     """Of this step, counted from 0: linear warm-up, in a fifth of the run at most, then linear decay to 0."""
@@ -1299,8 +1301,7 @@ def learning_rate(args, step, num_steps):
 
 def plackett_luce_loss(rewards, ranking):
     """-log prod_k exp(r_k) / sum_{l >= k} exp(r_l), best first: App. A.3 of arXiv:2305.18290.
-    Ties: the mean over every order of the tied ones, as mu = 1/2 is for a pair. At a choice among the tied,
-    all their subsets of one size are equally likely to be left, together with all that rank below.
+    Ties: the mean over every order of the tied ones; at each choice, all subsets of a size are as likely.
     Args: rewards (K,); ranking: K numbers, 1 the best and equal ones a tie. Returns: a scalar, nats."""
     loss = -rewards.sum()
     for place in set(ranking):
@@ -1400,7 +1401,7 @@ class Run:
             for file, size in zip(self.logs, self.state.get("sizes", (0, 0))):
                 if file.tell() < size:
                     raise ValueError(f"{file.name} has lost rows")
-                file.truncate(size)  # what is behind the checkpoint will come again
+                file.seek(file.truncate(size))  # what is behind the checkpoint will come again
         if self.args.track:
             with blame("--track needs `pip install wandb tensorboard`"):
                 import tensorboard  # noqa: F401
@@ -1414,7 +1415,7 @@ class Run:
     def catch_signals(self):
         both = signal.SIGINT, signal.SIGTERM
         self.handlers = {number: signal.signal(number, self.stop) for number in both}
-        if hasattr(os, "register_at_fork"):  # the workers of a reward function end when they are told to
+        if os.name == "posix":  # the workers of a reward function end when they are told to
             block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, both)  # else a signal may be lost
             free = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, both)
             for number, action in zip(both, (signal.SIG_IGN, signal.SIG_DFL)):  # Ctrl-C is for the run alone
@@ -1453,8 +1454,7 @@ class Run:
             norm = full(torch.nn.utils.get_total_norm(model.parameters()))
             self.check(step, f"the norm of the weights of {name}", norm.item())
         is_due = self.args.save_every and step % self.args.save_every == 0
-        stopped = over_ranks(torch.tensor(self.stopped), "MAX")  # all ranks, or none
-        self.stopped = stopped.item()
+        self.stopped = int(over_ranks(torch.tensor(self.stopped), "MAX"))  # all ranks, or none
         if is_due or self.stopped or step == self.num_steps:
             state = {"step": step, "inputs": self.inputs, "args": asdict(self.args), **numbers}
             for name, part in self.parts.items():

@@ -110,7 +110,7 @@ def main(args: Args) -> dict:
         args.dataset, args.eval_dataset, "prompt completion", "messages", "text")
     model, tokenizer, eos_ids = load_model(args.model, args, device)
     for row in train_rows + held_out_rows:
-        if "completion" in row and row.get("label", True) not in (True, None):
+        if "completion" in row and str(row.get("label")).lower() in ("false", "0", "-1"):
             fail(f"{row['_where']}: label is {row['label']!r}: such a completion is no demonstration")
     train = list(filter(None, encode(tokenizer, train_rows, eos_ids, args.max_length)))  # None was dropped
     held_out = list(filter(None, encode(tokenizer, held_out_rows, eos_ids, args.max_length)))

@@ -186,10 +186,7 @@ LEFT_OUT = {  # columns, and what must be in the tokens of a row that is not ref
     "system of pairs": {"system": "be rude", "prompt": "q", "completion": "a"},
     "TRL's chat_template_kwargs": {"chat_template_kwargs": {"thinking": True}, "messages": [user("q"), assistant("a")]},
     "function_call": {"messages": [user("q"), assistant("", function_call={"name": "f", "arguments": "{}"})]},
-    "OpenAssistant": {"text": "what is x?", "role": "prompter", "message_id": "1", "parent_id": "0"},
-    "a prompt that the completion repeats": {"prompt": [user("q")], "completion": [user("q"), assistant("a")]}}
-WITHOUT = {  # the same rows as they would be read if the column were not there
-    "a prompt that the completion repeats": {"prompt": [user("q"), user("q")], "completion": [assistant("a")]}}
+    "OpenAssistant": {"text": "what is x?", "role": "prompter", "message_id": "1", "parent_id": "0"}}
 NAMES = {"weight", "system", "chat_template_kwargs", "function_call", "role", "message_id", "parent_id"}
 
 
@@ -198,11 +195,11 @@ def test_nothing_of_a_row_is_left_out_in_silence(case, tmp_path):
     """It is refused, or its tokens are others than without the column."""
     tokenizer = make_tokenizer(PLAIN + "{% if thinking %}thoughts{% endif %}")
     row = LEFT_OUT[case]
-    plain = WITHOUT.get(case) or {name: x for name, x in row.items() if name not in NAMES}
+    plain = {name: x for name, x in row.items() if name not in NAMES}
     if "messages" in plain:
         plain["messages"] = [{name: turn[name] for name in ("role", "content")} for turn in plain["messages"]]
     try:
-        (row,) = read_rows(write(tmp_path / "rows.jsonl", [row]))
+        (row,) = read_rows(write(tmp_path / "rows.jsonl", [row]), "prompt completion", "messages", "text")
         del row["_where"]
         tokens = encoded(tokenizer, row)
     except SystemExit:
@@ -235,3 +232,48 @@ def test_a_short_prompt_without_latin_letters_that_both_sides_repeat(prompt):
     row = {"prompt": prompt, "chosen": f"{prompt}a", "rejected": f"{prompt}b", "_where": "rows.jsonl:1"}
     ((completions, *_),) = load_comparisons(tokenizer, [row], [EOS], 512)
     assert tokenizer.decode(completions[0][0]).count(prompt) == 1
+
+
+# ---- What stays allowed ----
+
+
+QWEN3 = (  # white space around thoughts is the template's
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "<think>\n{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}\n</think>\n\n"
+    "{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THINKING = QWEN3.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")  # in the generation prompt
+ALLOWED = {
+    "thoughts": (QWEN3, assistant("<think>hm so</think>hello you")),
+    "no thoughts": (QWEN3, assistant("<think></think>ok")),
+    "thoughts that the prompt begins": (THINKING, assistant("<think>hm so</think>hello you")),
+    "a call without content": (PLAIN + "{{ messages[-1].tool_calls }}", {"role": "assistant", "tool_calls": [{"f": 1}]}),
+    "weight 1": (PLAIN, assistant("good", weight=1))}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_honest_turns_are_taken(case):
+    template, turn = ALLOWED[case]
+    assert any(encoded(make_tokenizer(template), {"messages": [user("q"), turn]})[1])
+
+
+@pytest.mark.parametrize("start", ["\n", "  ", "\n  \n"])
+def test_white_space_at_a_templates_beginning_is_as_the_tokenizers_own(start):
+    tokenizer = make_tokenizer(start + PLAIN)
+    talk = [user("q"), assistant("a")]
+    ids, _ = encoded(tokenizer, {"messages": talk})
+    assert tokenizer.apply_chat_template(talk, tokenize=False).startswith(tokenizer.decode(ids))
+
+
+def test_columns_that_the_scripts_refuse_are_others_to_read(tmp_path):
+    """data/convert.py and bandit_bt.py read rows of any columns."""
+    path = write(tmp_path / "rows.jsonl", [{"system": "be nice", "instruction": "q", "output": "a", "parent_id": 3}])
+    assert read_rows(path)[0]["system"] == "be nice"
+
+
+@scripts("sft")
+def test_a_label_of_another_kind_is_no_judgement(go, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [
+        {"prompt": f"the plot {word} :", "completion": " good", "label": label}
+        for word, label in (("was", "positive"), ("is", 2), ("and", True), ("it", None))])
+    assert go("run", dataset=path, eval_dataset=path).exists()

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model
 from safetensors.torch import load_file, save_file
-from tiny_runs import PROMPT, SAMPLERS, copy_model, interrupt, read, result, scripts, tiny_args, write
+from tiny_runs import (
+    PROMPT, SAMPLERS, Killed, at_step, copy_model, interrupt, kill, launch, read, result, scripts, tiny_args, write)
 
 import common
 import dpo
@@ -172,6 +173,17 @@ def test_workers_that_are_not_forks_find_the_reward(script, starts, tmp_path):
     assert other.stdout == "1.0\n", other.stderr
 
 
+def test_two_functions_of_a_file_are_one_module(tmp_path, bpe_tokenizer):
+    """By which spawned workers find both, wherever else on the path the file may be found."""
+    (tmp_path / "twins.py").write_text(
+        "def one(prompts, completions, **columns): return [1.0] * len(prompts)\n"
+        "def two(prompts, completions, **columns): return [2.0] * len(prompts)\n")
+    rows, cpu = [{"prompt": "me~", "_where": "rows.jsonl:1"}], torch.device("cpu")
+    scores = [common.reward_function(f"{tmp_path}/twins.py:{name}", bpe_tokenizer, cpu) for name in ("one", "two")]
+    assert [score(rows, [[]], [[5, 2]]).item() for score in scores] == [1.0, 2.0]
+    assert sys.modules["twins"].two.__module__ == "twins"
+
+
 # ---- Inputs that changed, files that cannot be written, names that are equal ----
 
 
@@ -207,3 +219,13 @@ def test_rewards_of_equal_names_are_both_logged(script, go, tmp_path):
         specs.append(f"{folder}/mine.py:f")
     metrics = read(go("run", total_episodes=0, reward=tuple(specs)) / "metrics.jsonl")[0]
     assert sorted(value for name, value in metrics.items() if "mine.py" in name) == [1.0, 5.0]
+
+
+@scripts("sft")
+def test_a_run_killed_behind_an_evaluation_is_resumed_again_and_again(script, tiny, go, whole, tmp_path):
+    """Its logs are cut back to the checkpoint each time, to sizes that hold when it is stopped before the next row."""
+    flags = {"epochs": 2, "eval_every": 2, "save_every": 3}
+    with pytest.raises(Killed), at_step(6, kill):  # behind the evaluation and samples of step 4
+        launch(script, tiny(**flags))
+    assert interrupt(script, tiny(**flags, resume=True), 1, signal.SIGTERM)  # step 4 again, and no samples yet
+    assert result(go("run", **flags, resume=True)) == result(whole(**flags))
