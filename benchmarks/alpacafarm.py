@@ -353,14 +353,14 @@ def run_seed(args: Args, seed: int, whole: bool) -> dict:
         common["eval_samples"] = 8
     start, reward = str(folder / "sft" / "model"), str(folder / "reward_model" / "model")
     run(folder, "sft", sft, dataset=file("demonstrations"), **common)
-    plain = dict(common)
+    from_random = dict(common)
     common["model"] = start
     run(folder, "dpo", dpo, dataset=file("preferences"), **common)
     methods = {"SFT": ("sft", "", ["sft"]), "DPO": ("dpo", "", ["sft", "dpo"])}
     if not whole:
         return methods
 
-    run(folder, "twice", sft, dataset=file("twice"), num_train_epochs=2, **plain)
+    run(folder, "twice", sft, dataset=file("twice"), num_train_epochs=2, **from_random)
     methods["SFT on twice the data"] = ("twice", "", ["twice"])
     for name, method, word in (("feedme", "FeedME", ""), ("conditioning", "conditioning", GOOD)):
         run(folder, name, sft, dataset=file(name), num_train_epochs=1, **common)
