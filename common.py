@@ -432,7 +432,7 @@ def draw(z, noise):
     p = z.sub_(z.amax(1, keepdim=True)).exp_()
     V = p.shape[1]
     noise = noise[:, None]
-    if V <= 4096:
+    if V <= 256:
         token, ends = pick(p, noise)
     else:  # first a block of 64 tokens is drawn, and then one of these
         blocks = F.pad(p, (0, -V % 64)) if V % 64 else p
@@ -445,7 +445,7 @@ def draw(z, noise):
     logp = (p.gather(1, token) / ends[:, -1:]).log()
     return token.flatten(), logp.flatten().to(z.dtype)
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, batch_size=256, first=0):
     """A response to each prompt, a list of ids, from softmax(z / temperature), at 0 the likeliest tokens; its
     noise is a function of (seed, first + row). Returns a batch on the CPU: input_ids, mask, logprobs."""
@@ -468,7 +468,7 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
                 z = _logits(hidden, **head, temperature=temperature or 1.0)  # (rows, V)
             if not temperature:
                 token = z.argmax(-1)
-                logp = z.gather(1, token[:, None]).flatten() - z.logsumexp(1)
+                logp = z.amax(1) - z.logsumexp(1)
             else:
                 token, logp = draw(z, noise[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logp
@@ -487,9 +487,9 @@ def sample(model, prompts, max_new_tokens, eos_ids, temperature=1.0, seed=0, bat
         input_ids.append(prompt + row[:length])
         mask.append([False] * len(prompt) + [True] * length)
         scores.append([0.0] * len(prompt) + logp[:length])
-    return {
-        "input_ids": pad(input_ids, "cpu"),
-        "mask": pad(mask, "cpu", False), "logprobs": pad(scores, "cpu", 0.0)}
+    with torch.inference_mode(False):  # tensors that a backward pass may use
+        return {"input_ids": pad(input_ids, "cpu"), "mask": pad(mask, "cpu", False),
+                "logprobs": pad(scores, "cpu", 0.0)}
 
 # ==== II. Files =======================================================================================
 TEXTS = "prompt completion chosen rejected messages text".split()  # columns that the scripts read

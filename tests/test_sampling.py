@@ -68,6 +68,21 @@ def test_it_leaves_the_training_mode_and_the_random_state_as_they_were(model):
         assert model.training == training and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("rope", ["default", "dynamic"])  # of which the second keeps what it has computed
+def test_what_was_sampled_can_be_trained_on(rope):
+    """Tensors of torch's inference mode cannot be saved for a backward pass, and may not be changed in place."""
+    parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0}
+    model = make_model("llama", rope_parameters=parameters)
+    use_rows(model)
+    batch = sample(model, PROMPTS, 60, [2], seed=1)  # beyond the 64 positions of the model
+    scale = torch.ones((), requires_grad=True)
+    logprobs = sequence_logprobs(model, batch["input_ids"], batch["mask"])
+    (logprobs * batch["logprobs"] * scale).sum().backward()
+    assert scale.grad.isfinite() and all(p.grad is not None for p in model.parameters())
+    for x in batch.values():
+        x.zero_()
+
+
 def test_ended_looks_at_the_last_token_of_the_response_alone():
     """Cut responses, one EOS of several, an EOS in the prompt, in the padding and within the response."""
     batch = {

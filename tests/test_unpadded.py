@@ -336,7 +336,7 @@ def naive_draw(z, noise):
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
-@pytest.mark.parametrize("V", [2, 65, 1000, 4096, 4097, 4160, 5000])
+@pytest.mark.parametrize("V", [2, 65, 256, 257, 320, 1000, 5000])
 def test_draws_are_where_the_cumulative_distribution_passes_the_noise(V):
     generator = torch.Generator().manual_seed(V)
     z = 4 * torch.randn(2000, V, generator=generator)
