@@ -717,7 +717,9 @@ def measure_all(args: Args, folder: Path, has_trl: bool) -> dict:
     if "first step" in args.cases or not (args.cases or args.quick):
         first_step = measure_first_step(args, folder, has_trl)
         report_first_step(first_step)
-    result = {"args": asdict(args), "hardware": machine, "versions": versions, "first_step": first_step,
+    here = ("shared", "output", "child", "folder")  # of this machine
+    settings = {name: x for name, x in asdict(args).items() if name not in here}
+    result = {"args": settings, "hardware": machine, "versions": versions, "first_step": first_step,
               "cases": cases}
     if args.output:
         write_result(args.output, result, bool(args.cases))

@@ -383,3 +383,8 @@ def test_the_first_minutes():
     seconds = load("first_minutes")["cpu_seconds"]
     assert list(seconds) == first_minutes.commands() == list(shown)
     assert shown == {command: f"{x:.0f}" for command, x in seconds.items()}
+
+
+def test_no_file_tells_where_it_was_made():
+    for file in RESULTS.rglob("*.json"):
+        assert '"/' not in file.read_text(), file
