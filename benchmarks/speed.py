@@ -378,8 +378,9 @@ def train_ours(case: Training, steps: int, folder: str, options: dict) -> dict:
 def train_trl(case: Training, steps: int, folder: str, options: dict) -> dict:
     """As train_ours, by TRL's trainer with `options` of its config; parts: micro-batches of a step."""
     import trl
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars  # not above: they would count as memory of ours
 
+    disable_progress_bars()
     options = dict(options)
     parts = options.pop("parts", 1) or case.batch_size
     rows = in_order(rows_of(case, steps))
@@ -673,10 +674,6 @@ def main(args: Args) -> dict:
     has_trl = version("trl") is not None and version("datasets") is not None
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary:
         warnings.simplefilter("ignore")  # TRL and transformers announce their own changes
-        if has_trl:
-            import datasets
-
-            datasets.disable_progress_bars()
         if args.child:
             return measure_alone(args) or {}
         return measure_all(args, Path(temporary), has_trl)
